@@ -1,0 +1,377 @@
+"""Hugging Face folders and hub names <-> models: strict both ways, safetensors only, tied stays tied."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from .layout import unstack_layers
+from .methods.base import Site
+from .models import FAMILIES, Family
+from .models.base import hf_name, read_config
+from .models.layers import Output
+from .tree import Tree, flatten, update
+from .weights import merge
+
+TASKS = {  # what the model is for -> (head, end of the architecture's name)
+    "causal-lm": ("causal-lm", "ForCausalLM"),
+    "classification": ("classification", "ForSequenceClassification"),
+    "encoder": ("none", "Model"),
+}
+SHARD_BYTES = 5 * 10**9
+
+
+class Model(NamedTuple):
+    """A base model: a module, its parameters, and where methods may act.
+
+    Attributes:
+      family: the row of `peftjax.models.FAMILIES`.
+      module: Linen module, called through `forward`.
+      params: nested dict of arrays, per-layer.
+      sites: the family's table for this config.
+      config: the module's config.
+      hf_config: transformers' config object, saved with a merged model.
+      fresh: paths of parameters that no file held: a new task head.
+    """
+
+    family: Family
+    module: Any
+    params: Tree
+    sites: tuple[Site, ...]
+    config: Any
+    hf_config: Any
+    fresh: tuple[str, ...] = ()
+
+    def forward(self, params: Tree, batch: dict, key: jax.Array | None = None, **kwargs) -> Output:
+        """Runs the module on a batch of `input_ids`, `attention_mask`, `type_ids`; a key turns dropout on."""
+        inputs = {k: batch.get(k) for k in ("input_ids", "attention_mask", "type_ids", "positions")}
+        rngs = None if key is None else {"dropout": key}
+        return self.module.apply({"params": params}, **inputs, **kwargs, deterministic=key is None, rngs=rngs)
+
+    @property
+    def max_length(self) -> int:
+        """Longest text in tokens."""
+        return self.family.max_length(self.config)
+
+
+def load(
+    name: str | Path,
+    task: str | None = None,
+    *,
+    labels: int | list[str] | None = None,
+    fresh_head: bool = False,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    remat: bool = False,
+    seed: int = 0,
+    revision: str | None = None,
+) -> Model:
+    """Loads a model from a folder in Hugging Face's layout, or by its hub name.
+
+    Args:
+      task: 'causal-lm', 'classification' (with `labels=1`: regression) or 'encoder'; default: what the
+        config's architecture says.
+      labels: number of labels, or their names in id order, of a classifier.
+      fresh_head: draw a new task head even if the file has one.
+      dtype: of the activations; `param_dtype`: of the parameters. float32 or bfloat16.
+      seed: of a task head that the file does not have.
+      revision: of a hub name.
+
+    Raises:
+      FileNotFoundError: no such folder, or a folder without config.json or safetensors.
+      ValueError: an unknown architecture, a config value that is not honoured, missing or extra tensors or
+        wrong shapes (all of them in one message), a pickle.
+    """
+    folder = find_folder(name, revision)
+    files = _tensor_files(folder)
+    hf_config = _read_hf_config(folder, labels)
+    model = _describe(hf_config, task, dtype, remat, folder)
+    params, missing = _read_params(model, files, fresh_head, param_dtype)
+    if missing:
+        params = update(params, _draw(model, missing, seed, param_dtype))
+    return model._replace(params=params, fresh=tuple(missing))
+
+
+def from_config(
+    hf_config: Any,
+    task: str | None = None,
+    *,
+    labels: int | list[str] | None = None,
+    dtype: Any = jnp.float32,
+    remat: bool = False,
+    seed: int | None = 0,
+) -> Model:
+    """A model with random parameters from a transformers config; with seed None only abstract shapes.
+
+    >>> import transformers
+    >>> model = from_config(transformers.BertConfig(), "encoder", seed=None)
+    >>> from peftjax.tree import count
+    >>> count(model.params)
+    109482240
+    """
+    if labels is not None:
+        _set_labels(hf_config, labels)
+    model = _describe(hf_config, task, dtype, remat, type(hf_config).__name__)
+    if seed is None:
+        return model
+    return model._replace(params=_init(model, jax.random.key(seed)))
+
+
+def find_folder(name: str | Path, revision: str | None = None) -> Path:
+    """The folder itself, or the hub's snapshot of that name, downloaded if need be."""
+    path = Path(name)
+    if path.is_dir():
+        return path
+    if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or path.exists():
+        raise FileNotFoundError(f"{name} is no folder; write the folder that holds config.json, or a hub name")
+    import huggingface_hub
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+    except Exception as e:  # the hub's errors are many: no such name, gated, no network
+        raise FileNotFoundError(
+            f"{name!r} is no folder here, and the hub did not give it ({type(e).__name__}: {e}); "
+            "write an existing folder, or a hub name that this machine can reach"
+        ) from e
+
+
+def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
+    """The tokenizer of a folder or hub name, by transformers; remote code is refused."""
+    import transformers
+
+    folder = find_folder(name, revision)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as e:  # transformers raises OSError, ValueError and others for a folder without one
+        raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load: {e}") from e
+
+
+def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, param_dtype: Any = None) -> Path:
+    """Writes merged parameters as a folder that transformers loads; tensors above 5 GB are sharded.
+
+    Args:
+      params: per-layer or stacked, with nodes or without; nodes are merged.
+      param_dtype: of the file; default: each array's own.
+
+    Raises:
+      ValueError: a node cannot be merged (a prefix, say), or a parameter has no place in the model (a bias
+        where the architecture has none).
+    """
+    folder = Path(folder)
+    expected = flatten(_shapes(model))
+    merged = flatten(merge(unstack_layers(params)))
+    if extra := sorted(set(merged) - set(expected)):
+        raise ValueError(
+            f"{model.hf_config.architectures[0]} has no place for {extra[:5]}{' ...' if len(extra) > 5 else ''} "
+            f"({len(extra)} parameters); keep them as an adapter file"
+        )
+    tensors = {}
+    for path, x in merged.items():
+        array = np.asarray(x if param_dtype is None else x.astype(param_dtype))
+        array = array.T if model.family.transposed(path) else array
+        name = hf_name(path)
+        if model.module.head == "none":
+            name = name.removeprefix(model.family.base + ".")
+        tensors[name] = np.ascontiguousarray(array)
+    folder.mkdir(parents=True, exist_ok=True)
+    model.hf_config.save_pretrained(folder)
+    _write_tensors(folder, tensors)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
+def fingerprint(model: Model) -> str:
+    """Sixteen hex digits that tell base models apart: names, shapes and a sample of the values.
+
+    The values are rounded to bfloat16, so that loading in another dtype gives the same fingerprint; a fresh
+    task head does not count.
+    """
+    digest = hashlib.sha256()
+    for path, x in sorted(flatten(model.params).items()):
+        if path in model.fresh:
+            continue
+        sample = x.reshape(-1)[:: max(1, x.size // 1024)][:1024]
+        digest.update(f"{path} {tuple(x.shape)}".encode())
+        digest.update(np.asarray(sample.astype(jnp.bfloat16)).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _read_hf_config(folder: Path, labels: int | list[str] | None) -> Any:
+    import transformers
+
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder} has no config.json; write the folder of a model in Hugging Face's layout")
+    try:
+        raw = json.loads(file.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file} is no JSON: {e}") from e
+    if "auto_map" in raw:
+        raise ValueError(f"{file} asks for remote code (auto_map); peftjax runs none")
+    if raw.get("model_type") not in FAMILIES:
+        raise ValueError(
+            f"{file} is of model type {raw.get('model_type')!r}; peftjax has the families {sorted(FAMILIES)}"
+        )
+    config = transformers.AutoConfig.from_pretrained(folder)
+    if labels is not None:
+        _set_labels(config, labels)
+    return config
+
+
+def _set_labels(config: Any, labels: int | list[str]) -> None:
+    names = [f"LABEL_{i}" for i in range(labels)] if isinstance(labels, int) else [str(x) for x in labels]
+    config.id2label = dict(enumerate(names))
+    config.label2id = {name: i for i, name in enumerate(names)}
+
+
+def _describe(hf_config: Any, task: str | None, dtype: Any, remat: bool, where: Any) -> Model:
+    family = FAMILIES.get(hf_config.model_type)
+    if family is None:
+        raise ValueError(f"{where}: model type {hf_config.model_type!r}; peftjax has the families {sorted(FAMILIES)}")
+    architecture = (hf_config.architectures or [None])[0]
+    if task is not None:
+        if task not in TASKS:
+            raise ValueError(f"there is no task {task!r} for a model; the tasks are {sorted(TASKS)}")
+        _, ending = TASKS[task]
+        architecture = next((a for a in family.heads if a.endswith(ending)), None)
+        if architecture is None:
+            raise ValueError(f"{family.name} models have no head for {task!r}; they have {sorted(family.heads)}")
+    if architecture not in family.heads:
+        raise ValueError(
+            f"{where}: the architecture {architecture!r} is unknown; of {family.name}, peftjax has "
+            f"{sorted(family.heads)}; name one in config.json or say what the model is for with task="
+        )
+    hf_config.architectures = [architecture]
+    head = family.heads[architecture]
+    config = read_config(family, hf_config.to_dict(), type(hf_config)().to_dict())
+    module = family.module(config, head, dtype, remat)
+    model = Model(family, module, None, family.sites(config, head), config, hf_config)
+    return model._replace(params=_shapes(model))
+
+
+def _init(model: Model, key: jax.Array) -> Tree:
+    return model.module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _shapes(model: Model) -> Tree:
+    return jax.eval_shape(lambda key: _init(model, key), jax.random.key(0))
+
+
+def _draw(model: Model, paths: list[str], seed: int, dtype: Any) -> dict[str, jax.Array]:
+    """Initial values of some parameters; under jit, the others are never computed."""
+    draw = jax.jit(lambda key: {p: flatten(_init(model, key))[p].astype(dtype) for p in paths})
+    return draw(jax.random.key(seed))
+
+
+def _tensor_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        outside = [n for n in names if (folder / n).resolve().parent != folder.resolve() and not (folder / n).is_symlink()]
+        if outside:
+            raise ValueError(f"{index} lists files outside the folder: {outside}")
+        if missing := [n for n in names if not (folder / n).is_file()]:
+            raise FileNotFoundError(f"{index} lists shards that are not there: {missing}")
+        return [folder / n for n in names]
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
+    if pickles:
+        raise ValueError(
+            f"{folder} has weights only as {pickles}: a pickle can run any code when read, so it is refused; "
+            "convert it with transformers' save_pretrained, which writes safetensors"
+        )
+    raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+
+
+def _tensors(files: list[Path]) -> Iterator[tuple[str, Any]]:
+    """Names and readers, so that one tensor at a time is in memory."""
+    for file in files:
+        try:
+            with safe_open(file, framework="flax") as f:
+                for name in f.keys():  # noqa: SIM118 - safe_open is no mapping
+                    yield name, f
+        except OSError as e:
+            raise ValueError(f"{file} cannot be read: {e}") from e
+        except Exception as e:
+            if type(e).__name__ == "SafetensorError":
+                raise ValueError(f"{file} is truncated or no safetensors file: {e}") from e
+            raise
+
+
+def _read_params(model: Model, files: list[Path], fresh_head: bool, dtype: Any) -> tuple[Tree, list[str]]:
+    family, shapes = model.family, flatten(model.params)
+    expected = {hf_name(path): path for path in shapes}
+    heads = {s.module for s in model.sites if s.kind == "head"}
+    optional = {p for p in shapes if p.rpartition("/")[0] in heads}
+    tied_name = "lm_head.weight" if any(s.tied for s in model.sites) else None
+    names = [name for name, _ in _tensors(files)]
+    bare = not any(n.startswith(family.base + ".") for n in names)
+    found, extra, wrong = {}, [], []
+    for name, f in _tensors(files):
+        full = name
+        for pattern, replacement in family.renames:
+            full = re.sub(pattern, replacement, full)
+        if bare and full not in expected:
+            full = f"{family.base}.{full}"
+        path = expected.get(full)
+        if path is None:
+            if name == tied_name:
+                _check_tied(model, name, f, files)
+            elif not any(re.fullmatch(p, name) for p in family.unused):
+                extra.append(name)
+        elif not (fresh_head and path in optional):
+            shape = tuple(f.get_slice(name).get_shape())
+            wanted = shapes[path].shape
+            if shape != (wanted[::-1] if family.transposed(path) else wanted):
+                wrong.append(f"{name} {shape}, expected {wanted[::-1] if family.transposed(path) else wanted}")
+            else:
+                x = f.get_tensor(name)
+                found[path] = (x.T if family.transposed(path) else x).astype(dtype)
+    missing = [p for p in shapes if p not in found]
+    absent = [hf_name(p) for p in missing if p not in optional and not any(w.startswith(hf_name(p) + " ") for w in wrong)]
+    problems = [("missing", absent), ("not known to the model", extra), ("of a wrong shape", wrong)]
+    if any(rows for _, rows in problems):
+        said = "; ".join(f"{what}: {', '.join(sorted(rows))}" for what, rows in problems if rows)
+        hint = "; for a new task head of another size write fresh_head=True" if wrong and heads else ""
+        raise ValueError(f"the tensors in {files[0].parent} do not fit {model.hf_config.architectures[0]}: {said}{hint}")
+    return update({}, found), missing
+
+
+def _check_tied(model: Model, name: str, f: Any, files: list[Path]) -> None:
+    table = next(hf_name(s.path) for s in model.sites if s.tied)
+    twin = next((g.get_tensor(n) for n, g in _tensors(files) if n in (table, table.partition(".")[2])), None)
+    if twin is None or not jnp.array_equal(f.get_tensor(name), twin):
+        raise ValueError(f"the config ties {name} to {table}, but the files hold two different tensors for them")
+
+
+def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
+    shards, size = [{}], 0
+    for name, x in tensors.items():
+        if shards[-1] and size + x.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = x
+        size += x.nbytes
+    meta = {"format": "pt"}
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata=meta)
+        return
+    where = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata=meta)
+        where.update(dict.fromkeys(shard, file))
+    total = sum(x.nbytes for x in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))

@@ -1,0 +1,111 @@
+"""Mask functions `params -> mask`: which leaves of a tree are meant.
+
+A mask is a tree of booleans in the structure of the parameters. Patterns match the *whole* path.
+A mask function that selects nothing raises: a silent empty selection trains the wrong thing.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .tree import Tree, flatten, map_with_path, nearest
+from .weights import data_fields, is_node
+
+Mask = Callable[[Tree], Tree]
+
+
+def by_path(*patterns: str) -> Mask:
+    """Leaves whose whole path matches one of the regular expressions.
+
+    >>> by_path(".*/bias")({"a": {"kernel": 1, "bias": 2}})
+    {'a': {'bias': True, 'kernel': False}}
+
+    Raises:
+      ValueError: a pattern matches no path; the message gives the nearest paths.
+    """
+
+    def mask(params):
+        paths = flatten(params)
+        for p in patterns:
+            if not any(re.fullmatch(p, path) for path in paths):
+                raise ValueError(
+                    f"the pattern {p!r} matches no whole path of the parameters; the nearest are {nearest(p, paths)}"
+                )
+        return map_with_path(lambda path, _: any(re.fullmatch(p, path) is not None for p in patterns), params)
+
+    return mask
+
+
+def by_node(cls: type, *fields: str) -> Mask:
+    """Leaves inside the given fields of nodes of a class; without fields, those that the node says train.
+
+    Nested nodes are searched too: with LoRA over another node, both are found.
+
+    Raises:
+      ValueError: there is no such node, or a field that the class does not have.
+    """
+    known = [f.name for f in dataclasses.fields(cls)]
+    if unknown := set(fields) - set(known):
+        raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; its fields are {known}")
+
+    def mask(params):
+        out = _walk(params, cls, fields)
+        if not any(jax.tree.leaves(out)):
+            raise ValueError(f"the parameters hold no {cls.__name__} with a field that trains")
+        return out
+
+    return mask
+
+
+def _walk(tree, cls, fields):
+    def visit(x):
+        if not is_node(x):
+            return False
+        chosen = (fields or x.trains) if isinstance(x, cls) else ()
+        mark = {f: _fill(getattr(x, f), True) for f in data_fields(x) if f in chosen}
+        rest = {f: _walk(getattr(x, f), cls, fields) for f in data_fields(x) if f not in chosen}
+        return dataclasses.replace(x, **mark, **rest)
+
+    return jax.tree.map(visit, tree, is_leaf=is_node)
+
+
+def _fill(tree, value):
+    return jax.tree.map(lambda _: value, tree)
+
+
+def everything(params: Tree) -> Tree:
+    """Every floating leaf."""
+    return jax.tree.map(lambda x: bool(jnp.issubdtype(x.dtype, jnp.floating)), params)
+
+
+def any_of(*masks: Mask) -> Mask:
+    """Leaves that at least one of the masks selects."""
+    return lambda params: jax.tree.map(lambda *m: any(m), *(f(params) for f in masks))
+
+
+def all_of(*masks: Mask) -> Mask:
+    """Leaves that all of the masks select; raises if that is none.
+
+    >>> all_of(by_path(".*/bias"), by_path("a/.*"))({"a": {"bias": 1}, "b": {"bias": 2}})
+    {'a': {'bias': True}, 'b': {'bias': False}}
+    """
+    return _non_empty("all_of", lambda params: jax.tree.map(lambda *m: all(m), *(f(params) for f in masks)))
+
+
+def invert(mask: Mask) -> Mask:
+    """Leaves that the mask does not select; raises if that is none."""
+    return _non_empty("invert", lambda params: jax.tree.map(lambda m: not m, mask(params)))
+
+
+def _non_empty(name, f):
+    def mask(params):
+        out = f(params)
+        if not np.any(jax.tree.leaves(out)):
+            raise ValueError(f"{name} selects none of the {len(jax.tree.leaves(out))} leaves")
+        return out
+
+    return mask

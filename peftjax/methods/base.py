@@ -1,0 +1,248 @@
+"""What a method is: a tree transform plus a mask, as a value made of pure functions.
+
+The laws that every method obeys (tests/test_methods.py checks them over the table `METHODS`):
+
+1. At init the function is unchanged where the paper says so.
+2. The trainable paths are exactly those the paper names, and their count is the paper's formula.
+3. Frozen leaves are bit-identical after training; the optimizer state holds nothing for them.
+4. Loss falls on a tiny task, and the step compiles once.
+5. Merged parameters give the unmerged function.
+6. Save, load: bit-equal; a wrong base, a missing or an unknown key raises.
+7. A bf16 base with float32 trainables works.
+8. A pattern that matches nothing, an unknown field or an impossible rank raises and says what to write.
+9. The numerics agree with an independent reference.
+10. `chain` of methods that touch different leaves equals applying both; the same leaf nests or raises.
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from .. import masks
+from ..layout import is_stacked, layer_paths
+from ..tree import Tree, flatten, get, nearest, update
+from ..weights import Trained, is_node
+
+LINEAR = ("query", "key", "value", "attention_out", "mlp_in", "mlp_out")  # kinds of the weights `x @ W`
+
+
+class Site(NamedTuple):
+    """A place of a model where methods may act. A family publishes one row for each.
+
+    Attributes:
+      path: of the weight, or of the module for the kinds 'attention', 'mlp', 'block' and 'positions'.
+      kind: 'query', 'key', 'value', 'attention_out', 'mlp_in', 'mlp_out', 'embedding', 'head', 'norm',
+        'attention', 'mlp', 'block', 'positions', 'pooler'.
+      layer: index of the layer, or None outside the stack.
+      width: features of the site's output.
+      heads: (query heads, key/value heads, head size) at attention sites.
+      axes: (input axes, output axes, leading layer axes) of a weight that is not `(inputs, outputs)`.
+      parts: of a fused output, name -> slice of the output features.
+      tied: this embedding is also the output head.
+    """
+
+    path: str
+    kind: str
+    layer: int | None = None
+    width: int = 0
+    heads: tuple[int, int, int] | None = None
+    axes: tuple | None = None
+    parts: Mapping[str, slice] = {}
+    tied: bool = False
+
+    @property
+    def module(self) -> str:
+        """The path of the module that holds the weight."""
+        return self.path.rpartition("/")[0]
+
+
+def _nothing(params: Tree, key: jax.Array | None) -> Tree:
+    return params
+
+
+class Method(NamedTuple):
+    """A fine-tuning method. Compose with `chain`; there is no class hierarchy.
+
+    Attributes:
+      spec: ((name, JSON arguments), ...), enough to build the method again; adapter files record it.
+      init: (key, params, sites) -> params', the tree transform, on the per-layer layout.
+      trainable: params' -> mask, the mask function.
+      saved: params' -> mask of the leaves an adapter file holds.
+      resolve: (params', key or None) -> params', inside the loss: writes what varies by step (dropout keys,
+        a prefix from its MLP). None when evaluating or exporting.
+      optimizer: optax transformation -> optax transformation that wraps it.
+      penalty: params' -> scalar added to the loss.
+    """
+
+    spec: tuple[tuple[str, dict], ...]
+    init: Callable[[jax.Array, Tree, Iterable[Site]], Tree]
+    trainable: masks.Mask
+    saved: masks.Mask
+    resolve: Callable[[Tree, jax.Array | None], Tree] = _nothing
+    optimizer: Callable = lambda tx: tx
+    penalty: Callable[[Tree], Any] = lambda params: 0.0
+
+
+def method(name: str, arguments: dict, init: Callable, trainable: masks.Mask, **rest) -> Method:
+    """A `Method` of one spec entry whose saved leaves, unless given, are those that train."""
+    return Method(spec=((name, arguments),), init=init, trainable=trainable, **{"saved": trainable, **rest})
+
+
+def chain(*methods: Method) -> Method:
+    """Composes methods: transforms in order, masks united, optimizers nested, penalties added.
+
+    A leaf that an earlier method rewrote may be wrapped by a later one (it nests), never overwritten.
+
+    Raises:
+      ValueError: (from `init`) a method replaces or removes what an earlier one put there.
+
+    >>> from peftjax.methods import lora, bitfit
+    >>> [name for name, _ in chain(lora(rank=4), bitfit()).spec]
+    ['lora', 'bitfit']
+    """
+    if not methods:
+        raise ValueError("chain needs at least one method")
+
+    def init(key, params, sites):
+        sites, owner = tuple(sites), {}
+        for i, m in enumerate(methods):
+            new = m.init(jax.random.fold_in(key, i), params, sites)
+            _check_overlap(m, owner, params, new)
+            before = flatten(params, is_leaf=is_node)
+            changed = {p: x for p, x in flatten(new, is_leaf=is_node).items() if x is not before.get(p)}
+            owner.update(dict.fromkeys(changed, m))
+            params = new
+        return params
+
+    def resolve(params, key):
+        for i, m in enumerate(methods):
+            params = m.resolve(params, None if key is None else jax.random.fold_in(key, i))
+        return params
+
+    def optimizer(tx):
+        for m in methods:
+            tx = m.optimizer(tx)
+        return tx
+
+    return Method(
+        spec=sum((m.spec for m in methods), ()),
+        init=init,
+        trainable=masks.any_of(*(m.trainable for m in methods)),
+        saved=masks.any_of(*(m.saved for m in methods)),
+        resolve=resolve,
+        optimizer=optimizer,
+        penalty=lambda params: sum(m.penalty(params) for m in methods),
+    )
+
+
+def _check_overlap(m: Method, owner: dict[str, Method], old: Tree, new: Tree) -> None:
+    new_leaves = flatten(new, is_leaf=is_node)
+    old_leaves = flatten(old, is_leaf=is_node)
+    for path, first in owner.items():
+        if not _contains(new_leaves.get(path), old_leaves[path]):
+            raise ValueError(
+                f"chain: {m.spec[0][0]} overwrites {path}, which {first.spec[0][0]} already rewrote; "
+                "give them different targets, or leave one out"
+            )
+
+
+def _contains(outer, inner) -> bool:
+    while outer is not inner and is_node(outer):
+        outer = getattr(outer, "base", None)
+    return outer is inner
+
+
+def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: Iterable[str] = ()) -> list[Site]:
+    """The sites that the targets name; a target is a kind of site or a pattern of whole paths.
+
+    Args:
+      params: per-layer parameters.
+      sites: the family's table; patterns also reach paths without a site.
+      targets: such as `['query', 'value']` or `['model/layers_[0-3]/.*_proj/kernel']`. 'linear' stands
+        for all kinds of `LINEAR`.
+      kinds: if given, only sites of these kinds may be chosen by kind.
+
+    Raises:
+      ValueError: a target matches nothing; the message gives the kinds there are, or the nearest paths.
+
+    >>> sites = [Site("h_0/q/kernel", "query"), Site("h_0/k/kernel", "key")]
+    >>> [s.path for s in select({"h_0": {"q": {"kernel": 1}, "k": {"kernel": 2}}}, sites, ["query"])]
+    ['h_0/q/kernel']
+    """
+    if isinstance(targets, str):
+        raise ValueError(f"targets must be a list of kinds or patterns, such as [{targets!r}]; got the string {targets!r}")
+    paths = flatten(params, is_leaf=is_node)
+    if stacked := next((p for p in paths if is_stacked(p)), None):
+        raise ValueError(f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first")
+    by_path = {s.path: s for s in sites if not kinds or s.kind in kinds or s.path in paths}
+    there = sorted({s.kind for s in sites if not kinds or s.kind in kinds})
+    chosen = {}
+    for target in targets:
+        wanted = [k for k in LINEAR if k in there] if target == "linear" else [target]
+        found = [s for s in by_path.values() if s.kind in wanted and s.kind in there]
+        if not found:
+            found = [by_path.get(p, Site(p, "weight")) for p in paths if _full(target, p)]
+        if not found:
+            raise ValueError(
+                f"the target {target!r} is no kind of site of this model (it has {there}) and as a pattern "
+                f"matches no whole path; the nearest paths are {nearest(target, paths)}"
+            )
+        chosen.update((s.path, s) for s in found)
+    return list(chosen.values())
+
+
+def _full(pattern: str, path: str) -> bool:
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as e:
+        raise ValueError(f"the target {pattern!r} is no valid regular expression: {e}") from e
+
+
+def wrap(key: jax.Array, params: Tree, sites: Iterable[Site], new: Callable) -> Tree:
+    """Rewrites the weight at each site to `new(key, weight, site)`, every site with a key of its own."""
+    made = {s.path: new(path_key(key, s.path), get(params, s.path), s) for s in sites}
+    return update(params, made)
+
+
+def mark(name: str, params: Tree, paths: Iterable[str]) -> Tree:
+    """Replaces the arrays at the paths by `Trained` nodes, which train as they are.
+
+    Raises:
+      ValueError: an array is a node already; `name` is the method that the message speaks of.
+    """
+    arrays = {p: get(params, p) for p in paths}
+    for path, x in arrays.items():
+        if is_node(x):
+            raise ValueError(f"{name}: {path} is already a {type(x).__name__}; apply {name} first or leave it out")
+    return update(params, {p: Trained(x) for p, x in arrays.items()})
+
+
+def path_key(key: jax.Array, path: str) -> jax.Array:
+    """A key for one path, the same in whatever order or company the path is met."""
+    return jax.random.fold_in(key, zlib.crc32(path.encode()))
+
+
+def leaf_key(key: jax.Array, path: str, layers: int | None) -> jax.Array:
+    """`path_key`, or for a stacked path the keys of its layers along a first axis."""
+    if layers is None:
+        return path_key(key, path)
+    return jnp.stack([path_key(key, p) for p in layer_paths(path, layers)])
+
+
+def weight_method(name: str, arguments: dict, targets: Iterable[str], cls: type, new: Callable, **rest) -> Method:
+    """A method that replaces the targeted weights by nodes of a class; the node says which fields train.
+
+    Args:
+      new: (key, weight, site) -> node.
+    """
+    return method(
+        name,
+        arguments,
+        init=lambda key, params, sites: wrap(key, params, select(params, sites, targets), new),
+        trainable=masks.by_node(cls),
+        **rest,
+    )

@@ -1,0 +1,172 @@
+"""LoRA: low-rank adaptation, with rank-stabilised scaling, dropout and embeddings."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from .. import masks
+from ..tree import Tree, map_with_path
+from ..weights import Weight, attend, dot, is_node, materialize, node, static, take
+from .base import Method, Site, leaf_key, method, select, wrap
+
+
+@node
+class LoRA(Weight):
+    """`W + scale · A B`, never formed in training; `a` is (inputs, r), `b` is (r, outputs).
+
+    Attributes:
+      only: 'take' where the weight is an embedding tied to the head and only the look-up is adapted.
+      key: the dropout key of this step; without one there is no dropout.
+    """
+
+    base: Any
+    a: jax.Array
+    b: jax.Array
+    key: jax.Array | None = None
+    scale: float = static(1.0)
+    dropout: float = static(0.0)
+    only: str | None = static(None)
+    trains: tuple[str, ...] = static(("a", "b"))
+
+    def materialize(self):
+        if self.only:
+            raise ValueError(
+                "this LoRA acts on the look-up of a tied embedding only, so no single table stands for it; "
+                "train with tied_embedding='both' to merge"
+            )
+        w = materialize(self.base)
+        return (w + self.scale * (self.a @ self.b)).astype(w.dtype)
+
+    def dot(self, x):
+        a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
+        return dot(self.base, x) + self.scale * ((self._drop(x) @ a) @ b)
+
+    def take(self, ids):
+        rows = take(self.base, ids)
+        return rows + (self.scale * (self.a[ids] @ self.b)).astype(rows.dtype)
+
+    def attend(self, x):
+        y = attend(self.base, x)
+        return y if self.only == "take" else y + self.scale * attend(self.a, attend(self.b, x))
+
+    def _drop(self, x):
+        if self.key is None or not self.dropout:
+            return x
+        keep = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
+        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+
+
+def lora(
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: Sequence[str] = ("query", "value"),
+    *,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    tied_embedding: str = "both",
+) -> Method:
+    """Adds a trainable low-rank product to frozen weights: `h = W x + (alpha / r) B A x`.
+
+    Hu et al. 2022 (arXiv:2106.09685), section 4.1, equation 3. Here weights act from the right, so A is
+    (inputs, r) and B is (r, outputs). A starts as the authors' code has it, uniform in ±1/sqrt(inputs); the
+    paper says Gaussian. B starts at zero, so the function starts unchanged. For an embedding the roles are
+    exchanged, as in the authors' code: A, (rows, r), is zero and B normal. The default targets are the paper's.
+
+    Args:
+      rank: r, at least 1 and at most the smaller side of each target.
+      alpha: the scale's numerator; default: the rank, hence scale 1.
+      targets: kinds of site ('query', 'embedding', 'linear' for all linear ones, ...) or path patterns.
+      rank_pattern: kind or pattern -> rank, instead of `rank`; the first entry that fits counts.
+      alpha_pattern: likewise for alpha.
+      rslora: scale by alpha / sqrt(r): Kalajdzievski 2023 (arXiv:2312.03732), theorem 3.2.
+      dropout: probability that an input of A is dropped in training.
+      tied_embedding: for an embedding that is also the head, 'both' adapts the look-up and the head, 'take'
+        the look-up alone (as Hugging Face PEFT does; such an adapter cannot be merged).
+
+    Raises:
+      ValueError: an impossible rank or dropout, an unknown `tied_embedding`, or, from `init`, a target or
+        pattern that matches nothing, a rank larger than a matrix.
+
+    >>> import jax.numpy as jnp
+    >>> params = {"q": {"kernel": jnp.ones((6, 4))}}
+    >>> new = lora(rank=2, targets=["q/kernel"]).init(jax.random.key(0), params, ())
+    >>> new["q"]["kernel"].a.shape, new["q"]["kernel"].b.shape
+    ((6, 2), (2, 4))
+    """
+    arguments = {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": list(targets) if not isinstance(targets, str) else targets,
+        "rank_pattern": dict(rank_pattern or {}),
+        "alpha_pattern": dict(alpha_pattern or {}),
+        "rslora": rslora,
+        "dropout": dropout,
+        "tied_embedding": tied_embedding,
+    }
+    for r in (rank, *arguments["rank_pattern"].values()):
+        if not isinstance(r, int) or r < 1:
+            raise ValueError(f"lora: the rank must be a whole number of at least 1; got {r!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"lora: dropout must be in [0, 1); got {dropout}")
+    if tied_embedding not in ("both", "take"):
+        raise ValueError(f"lora: tied_embedding must be 'both' or 'take'; got {tied_embedding!r}")
+
+    def new(key, w, site):
+        if len(w.shape) != 2 or site.axes is not None:
+            raise ValueError(f"lora: {site.path} has shape {w.shape}; expected a matrix (inputs, outputs)")
+        r = _override(arguments["rank_pattern"], site, rank)
+        if r > min(w.shape):
+            raise ValueError(
+                f"lora: rank {r} is larger than the matrix {site.path} of shape {w.shape}; "
+                f"write a rank of at most {min(w.shape)}, or a rank_pattern for this path"
+            )
+        scale = _override(arguments["alpha_pattern"], site, r if alpha is None else alpha)
+        scale /= math.sqrt(r) if rslora else r
+        rows, columns = w.shape
+        if site.kind == "embedding":
+            a, b = jnp.zeros((rows, r)), jax.random.normal(key, (r, columns))
+        else:
+            bound = 1 / math.sqrt(rows)
+            a, b = jax.random.uniform(key, (rows, r), minval=-bound, maxval=bound), jnp.zeros((r, columns))
+        only = "take" if site.tied and tied_embedding == "take" else None
+        return LoRA(w, a, b, scale=scale, dropout=dropout, only=only)
+
+    def init(key, params, sites):
+        chosen = select(params, sites, targets)
+        for pattern in (*arguments["rank_pattern"], *arguments["alpha_pattern"]):
+            if not any(_fits(pattern, s) for s in chosen):
+                raise ValueError(
+                    f"lora: the pattern {pattern!r} fits none of the targets; they are of kinds "
+                    f"{sorted({s.kind for s in chosen})}, such as {chosen[0].path!r}"
+                )
+        return wrap(key, params, chosen, new)
+
+    return method("lora", arguments, init, masks.by_node(LoRA), resolve=write_dropout_keys)
+
+
+def _fits(pattern: str, site: Site) -> bool:
+    return pattern == site.kind or re.fullmatch(pattern, site.path) is not None
+
+
+def _override(patterns: Mapping, site: Site, default):
+    return next((value for pattern, value in patterns.items() if _fits(pattern, site)), default)
+
+
+def write_dropout_keys(params: Tree, key: jax.Array | None) -> Tree:
+    """Writes this step's dropout key into every LoRA that drops; a key of None turns dropout off."""
+
+    def visit(path, w):
+        if not isinstance(w, LoRA):
+            return w
+        stacked = w.a.shape[0] if w.a.ndim == 3 else None
+        drop = key is not None and w.dropout > 0
+        return dataclasses.replace(w, key=leaf_key(key, path, stacked) if drop else None)
+
+    return map_with_path(visit, params, is_leaf=is_node)

@@ -1,0 +1,132 @@
+"""Scores, each by a well-kept library, all in percent as the papers' tables print them.
+
+>>> score(("accuracy", "f1"), [1, 0, 1, 1], [1, 0, 0, 1])
+{'accuracy': 75.0, 'f1': 80.0}
+"""
+
+import difflib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+# scikit-learn, scipy.stats and sacrebleu are imported where used: a command should not wait for all three.
+
+Values = Sequence[Any] | np.ndarray
+
+
+def accuracy(predictions: Values, references: Values) -> float:
+    """The share of equal pairs."""
+    from sklearn.metrics import accuracy_score
+
+    return 100.0 * float(accuracy_score(references, predictions))
+
+
+def f1(predictions: Values, references: Values) -> float:
+    """F1 of class 1 against the rest, as GLUE scores MRPC and QQP; 0 where neither side has class 1."""
+    from sklearn.metrics import f1_score
+
+    return 100.0 * float(f1_score(np.equal(references, 1), np.equal(predictions, 1), zero_division=0.0))  # pyright: ignore[reportArgumentType] (stub has str only)
+
+
+def matthews(predictions: Values, references: Values) -> float:
+    """Matthews' correlation; 0 where either side is constant (scikit-learn's definition of 0 / 0)."""
+    from sklearn.metrics import matthews_corrcoef
+
+    if _constant(predictions) or _constant(references):
+        return 0.0  # scikit-learn gives 0 too, and sometimes a warning with it
+    return 100.0 * float(matthews_corrcoef(references, predictions))
+
+
+def pearson(predictions: Values, references: Values) -> float:
+    """Pearson's correlation; 0 where either side is constant, where it is not defined (scipy: nan)."""
+    from scipy.stats import pearsonr
+
+    return _correlation(pearsonr, predictions, references)
+
+
+def spearman(predictions: Values, references: Values) -> float:
+    """Spearman's rank correlation; 0 where either side is constant, where it is not defined (scipy: nan)."""
+    from scipy.stats import spearmanr
+
+    return _correlation(spearmanr, predictions, references)
+
+
+def bleu(predictions: Values, references: Values) -> float:
+    """Corpus BLEU-4, one or more references each, case-insensitive over mteval-13a tokens.
+
+    That is what the E2E challenge's script (github.com/tuetschek/e2e-metrics) computes. Where some n-gram
+    order never matches, sacrebleu's default smoothing applies.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+
+    lists = [_as_list(reference) for reference in references]
+    # sacrebleu wants the k-th reference of every example as one stream, with None where an example has fewer
+    streams = [[refs[k] if k < len(refs) else None for refs in lists] for k in range(max(map(len, lists)))]
+    metric = BLEU(
+        lowercase=True, tokenize="13a", force=True
+    )  # force: no advice about detokenising on the log
+    return float(metric.corpus_score(list(predictions), streams).score)  # pyright: ignore[reportArgumentType] (None is documented)
+
+
+def exact_match(predictions: Values, references: Values) -> float:
+    """The share of predictions equal to one of their references, blanks at the ends aside."""
+    hits = [
+        prediction.strip() in {text.strip() for text in _as_list(reference)}
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+    return 100.0 * sum(hits) / len(hits)
+
+
+METRICS: dict[str, Callable[[Values, Values], float]] = {
+    "accuracy": accuracy,
+    "f1": f1,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+    "bleu": bleu,
+    "exact_match": exact_match,
+}
+
+
+def score(metrics: Sequence[str], predictions: Values, references: Values) -> dict[str, float]:
+    """Every named metric of `predictions` (n) against `references` (n), in percent, in the order asked for.
+
+    Labels or numbers for classification and regression; texts for bleu and exact_match, against one text or a
+    list of texts each.
+    """
+    for name in metrics:
+        if name not in METRICS:
+            close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
+            meant = f"; did you mean {close[0]!r}?" if close else "."
+            raise ValueError(f"No metric {name!r}{meant} Known: {', '.join(METRICS)}.")
+    if len(predictions) != len(references) or len(references) == 0:
+        raise ValueError(
+            f"{len(predictions)} predictions for {len(references)} references; expected one each."
+        )
+    return {name: METRICS[name](predictions, references) for name in metrics}
+
+
+def _as_list(reference: str | Sequence[str]) -> list[str]:
+    texts = [reference] if isinstance(reference, str) else list(reference)
+    if not texts:
+        raise ValueError("An example has an empty list of references; expected at least one text.")
+    return texts
+
+
+def _constant(values: Values) -> bool:
+    return bool(np.all(np.asarray(values) == np.asarray(values)[0]))
+
+
+def _correlation(function: Callable[..., Any], predictions: Values, references: Values) -> float:
+    x, y = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
+    for name, values in (("prediction", x), ("reference", y)):
+        if not np.isfinite(values).all():
+            where = int(np.flatnonzero(~np.isfinite(values))[0])
+            raise ValueError(f"A correlation needs finite numbers; {name} {where} is {values[where]}.")
+    if _constant(x) or _constant(y):
+        return 0.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "nearly constant": the number is returned all the same
+        return 100.0 * float(function(x, y).statistic)

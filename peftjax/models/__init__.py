@@ -1,0 +1,7 @@
+"""Model families: one file each. `FAMILIES` maps transformers' `model_type` to the family."""
+
+from .base import Family as Family
+from .bert import FAMILY as BERT
+from .llama import FAMILY as LLAMA
+
+FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, LLAMA)}

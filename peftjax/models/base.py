@@ -1,0 +1,91 @@
+"""What a model family is: its module, its config keys, its sites, its names in Hugging Face files."""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+# Config keys that change nothing about the function computed: bookkeeping, generation, training of torch models.
+HARMLESS = frozenset(
+    """
+    _name_or_path architectures attn_implementation bos_token_id eos_token_id pad_token_id sep_token_id
+    decoder_start_token_id dtype torch_dtype gradient_checkpointing id2label label2id model_type
+    output_attentions output_hidden_states problem_type return_dict tokenizer_class transformers_version
+    use_cache num_labels finetuning_task task_specific_params unsloth_version unsloth_fixed
+    directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
+    pooler_type transformers.js_config
+    """.split()
+)
+
+
+class Family(NamedTuple):
+    """One row of the table of families.
+
+    Attributes:
+      name: transformers' `model_type`.
+      config: NamedTuple of the config keys that the module honours.
+      module: (config, head, dtype, remat) -> Linen module.
+      sites: (config, head) -> table of sites.
+      base: name of the base model's subtree, which a file of the base model alone leaves out.
+      heads: architecture -> head.
+      unused: patterns of tensor names that the module has no use for.
+      renames: (pattern, replacement) for older spellings of tensor names.
+      fixed: config key -> the only value supported.
+      check: raises for a config that the module cannot honour.
+      cache_shape: config -> (layers, key/value heads, head size); None for an encoder.
+      max_length: config -> longest text in tokens.
+      transposed: whether Hugging Face stores a matrix of this path as (outputs, inputs).
+    """
+
+    name: str
+    config: Any
+    module: Callable
+    sites: Callable
+    base: str
+    heads: Mapping[str, str]
+    unused: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    fixed: Mapping[str, Any] = {}
+    check: Callable[[Any], None] = lambda config: None
+    cache_shape: Callable[[Any], tuple[int, int, int]] | None = None
+    max_length: Callable[[Any], int] = lambda config: config.max_position_embeddings
+    transposed: Callable[[str], bool] = lambda path: path.endswith("/kernel")
+
+
+def hf_name(path: str) -> str:
+    """The name of a parameter in Hugging Face files.
+
+    >>> hf_name("model/layers_0/self_attn/q_proj/kernel")
+    'model.layers.0.self_attn.q_proj.weight'
+    """
+    *modules, leaf = path.split("/")
+    modules = [re.sub(r"_(\d+)$", r".\1", m) for m in modules]
+    return ".".join([*modules, {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)])
+
+
+def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
+    """The family's config from transformers' dict of values.
+
+    Every key must be honoured, harmless, or at the value that transformers gives a fresh config.
+
+    Raises:
+      ValueError: keys that would change the function and are not honoured, all of them, with what is supported.
+    """
+    values = {**values, "num_labels": len(values.get("id2label") or {0: 0, 1: 1})}
+    honoured = set(family.config._fields)
+    bad = []
+    for key, value in values.items():
+        if key in family.fixed:
+            if value not in (family.fixed[key], None):
+                bad.append(f"{key}={value!r} (supported: {family.fixed[key]!r})")
+        elif key not in honoured and key not in HARMLESS:
+            neutral = defaults.get(key) if key in defaults else None
+            if value != neutral and value not in (None, False):
+                bad.append(f"{key}={value!r} (supported: {neutral!r})")
+    if bad:
+        raise ValueError(f"this {family.name} config has values that the model does not honour: {'; '.join(sorted(bad))}")
+    missing = honoured - set(values)
+    if missing:
+        raise ValueError(f"this {family.name} config lacks {sorted(missing)}")
+    config = family.config(**{k: values[k] for k in family.config._fields})
+    family.check(config)
+    return config

@@ -1,0 +1,261 @@
+"""Layers that read arrays, nodes and hooks from the tree, and the one loop over blocks.
+
+A layer asks the tree what to do: a product dispatches on the weight it finds (`peftjax.weights`), a bias
+is added if there is one, a hook runs if and only if its node is there. Hook points, by module:
+
+| module | hook | called with |
+|---|---|---|
+| Linear | `input` | y = x = the input |
+| Linear | `output` | y = the output with bias, x = the input |
+| block | `attention_output`, `mlp_output` | y = the sub-layer's output before the residual sum, x = its input |
+| attention | `prefix` | y = (keys, values), x = the module's input |
+| model | `shift` | y = positions, x = token ids |
+| Embed | `output` | y = the looked-up rows, x = ids |
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from .. import weights
+
+
+class Context(NamedTuple):
+    """What hooks and blocks may need beside their input.
+
+    Attributes:
+      mask: (batch or 1, 1, queries, keys) booleans, True where a query may look.
+      positions: (batch, length) of the tokens.
+      index: where in the cache the first of these tokens goes; None without a cache.
+      deterministic: no dropout.
+    """
+
+    mask: jax.Array | None
+    positions: jax.Array
+    index: jax.Array | None = None
+    deterministic: bool = True
+
+
+class Cache(NamedTuple):
+    """Keys and values of the tokens so far, in buffers of a fixed length.
+
+    Attributes:
+      layers: a tuple of (keys, values) a layer, each (batch, length, key/value heads, size); or one such
+        pair with a leading layer axis for the scanned layout.
+      valid: (batch, length), True where the buffer holds a token that may be looked at.
+      index: the number of slots filled.
+    """
+
+    layers: Any
+    valid: jax.Array
+    index: jax.Array
+
+
+ACTIVATIONS: dict[str, Callable] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+
+
+def read(module: nn.Module, name: str, init: Callable, *args) -> Any:
+    """The variable in the tree, array or node; created only if the tree has none (at initialisation)."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, *args)
+
+
+def optional(module: nn.Module, name: str) -> Any:
+    """The variable if the tree has it, else None; static under jit."""
+    return module.get_variable("params", name) if module.has_variable("params", name) else None
+
+
+def hook(module: nn.Module, name: str, y: Any, *, x: Any, context: Any) -> Any:
+    """Calls the hook of that name if this module's dict holds one; otherwise returns y."""
+    found = optional(module, name)
+    return y if found is None else found(y, x=x, context=context)
+
+
+class Linear(nn.Module):
+    """`x W + b`; W is `kernel` (inputs, features), b is `bias` (features)."""
+
+    features: int
+    use_bias: bool = True
+    std: float = 0.02
+
+    @nn.compact
+    def __call__(self, x, context=None):
+        x = hook(self, "input", x, x=x, context=context)
+        w = read(self, "kernel", nn.initializers.normal(self.std), (x.shape[-1], self.features))
+        if self.is_initializing() and self.use_bias:
+            read(self, "bias", nn.initializers.zeros, (self.features,))
+        y = weights.dot(w, x)
+        b = optional(self, "bias")  # the tree decides: a method may add a bias to a layer without one
+        if b is not None:
+            y = y + weights.materialize(b).astype(y.dtype)
+        return hook(self, "output", y, x=x, context=context)
+
+
+class Embed(nn.Module):
+    """Rows of `embedding` (rows, features) by id; `attend` is the head tied to it."""
+
+    rows: int
+    features: int
+    dtype: Any = jnp.float32
+    std: float = 0.02
+
+    def setup(self):
+        self.embedding = read(self, "embedding", nn.initializers.normal(self.std), (self.rows, self.features))
+
+    def __call__(self, ids, context=None):
+        y = weights.take(self.embedding, ids).astype(self.dtype)
+        return hook(self, "output", y, x=ids, context=context)
+
+    def attend(self, x):
+        return weights.attend(self.embedding, x)
+
+
+class LayerNorm(nn.Module):
+    """`(x - mean) / sqrt(var + eps) · scale + bias`, computed in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = weights.materialize(read(self, "scale", nn.initializers.ones, (x.shape[-1],)))
+        bias = weights.materialize(read(self, "bias", nn.initializers.zeros, (x.shape[-1],)))
+        h = x.astype(jnp.float32)
+        h = h - h.mean(-1, keepdims=True)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+        return (h * scale.astype(h.dtype) + bias.astype(h.dtype)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x²) + eps) · scale`, the quotient in float32."""
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = weights.materialize(read(self, "scale", nn.initializers.ones, (x.shape[-1],)))
+        h = x.astype(jnp.float32)
+        h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
+        return h.astype(x.dtype) * scale.astype(x.dtype)
+
+
+class Output(NamedTuple):
+    """What a model returns; what it has no head for, or was not asked for, is None.
+
+    Attributes:
+      hidden: (batch, length, width), the last hidden states.
+      pooled: (batch, width).
+      logits: (batch, length, vocabulary) of a language model, (batch, labels) of a classifier.
+      cache: the cache with these tokens in it.
+    """
+
+    hidden: jax.Array
+    pooled: jax.Array | None = None
+    logits: jax.Array | None = None
+    cache: Cache | None = None
+
+
+def activation(name: str) -> Callable:
+    """The activation of a config's name; an unknown one raises with the list."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"the activation {name!r} is not supported; supported are {sorted(ACTIVATIONS)}")
+    return ACTIVATIONS[name]
+
+
+def attention(module, q, k, v, mask, *, dropout: float = 0.0, deterministic: bool = True):
+    """Scaled dot-product attention with grouped key/value heads and dropout on the probabilities.
+
+    Args:
+      module: gives the dropout key.
+      q: (batch, queries, heads, size).
+      k, v: (batch, keys, key/value heads, size).
+      mask: (batch or 1, 1, queries, keys') booleans. Keys beyond keys' come first and are always seen:
+        a prefix.
+
+    Returns:
+      (batch, queries, heads · size)
+    """
+    extra = k.shape[1] - mask.shape[-1]
+    if extra:
+        mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (extra, 0)), constant_values=True)
+    if deterministic or not dropout:
+        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+    else:
+        groups = q.shape[2] // k.shape[2]
+        grouped = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
+        scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=jnp.float32)
+        scores = jnp.where(mask[:, :, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+        p = nn.Dropout(dropout, deterministic=False, parent=module)(jax.nn.softmax(scores, axis=-1))
+        y = jnp.einsum("bhgqk,bkhd->bqhgd", p.astype(v.dtype), v)
+    return y.reshape(*q.shape[:2], -1)
+
+
+def causal_mask(attention_mask: jax.Array) -> jax.Array:
+    """(batch, length) of 0 and 1 -> (batch, 1, length, length): own and earlier tokens that are not padding."""
+    t = attention_mask.shape[1]
+    return attention_mask[:, None, None, :].astype(bool) & jnp.tril(jnp.ones((t, t), bool))[None, None]
+
+
+def extend_cache(cache: Cache, attention_mask: jax.Array) -> tuple[Cache, jax.Array]:
+    """Makes room for new tokens; returns the cache and the mask (batch, 1, new, length) of what they see."""
+    new = attention_mask.shape[1]
+    valid = jax.lax.dynamic_update_slice(cache.valid, attention_mask.astype(bool), (0, cache.index))
+    slots, rows = jnp.arange(valid.shape[1]), cache.index + jnp.arange(new)
+    mask = valid[:, None, None, :] & (slots[None, :] <= rows[:, None])[None, None]
+    return cache._replace(valid=valid, index=cache.index + new), mask
+
+
+def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> tuple:
+    """Writes new keys and values into a layer's buffers from slot `index` on."""
+    return tuple(
+        jax.lax.dynamic_update_slice(old, new.astype(old.dtype), (0, index, 0, 0))
+        for old, new in zip(layer, (k, v), strict=True)
+    )
+
+
+def run_blocks(
+    parent: nn.Module, block: Callable, name: str, n: int, x: jax.Array, context: Context, cache: Any, *args, remat: bool
+) -> tuple[jax.Array, Any]:
+    """Runs n blocks `name_0 ...` one after another, or scans over `name_*` if that is what the tree holds.
+
+    Args:
+      block: name -> module whose call is `(x, layer cache or None, context, *args) -> (x, layer cache)`.
+      args: arrays that all blocks share, such as rotary angles.
+      remat: recompute a block's activations in the backward pass instead of keeping them.
+    """
+    stacked = f"{name}_*"
+    deterministic = context.deterministic
+    arrays = context._replace(deterministic=None)
+
+    def call(module, x, layer, arrays, args):
+        return module(x, layer, arrays._replace(deterministic=deterministic), *args)
+
+    if parent.has_variable("params", stacked):
+        body = nn.remat(call, prevent_cse=False) if remat else call
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=n,
+        )
+        return scan(block(stacked), x, cache, arrays, args)
+    caches = []
+    body = nn.remat(call) if remat else call
+    for i in range(n):
+        x, layer = body(block(f"{name}_{i}"), x, None if cache is None else cache[i], arrays, args)
+        caches.append(layer)
+    return x, None if cache is None else tuple(caches)

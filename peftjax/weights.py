@@ -1,0 +1,185 @@
+"""Nodes: structured values that stand where the parameter tree had an array, or beside it.
+
+A *weight* node replaces one array and answers the products that a layer asks for. A *hook* node is an
+extra entry of a module's dict; a layer that finds it calls it. Both are frozen dataclasses registered
+as pytrees, so `jax.grad`, `jax.jit`, partitioning and saving see through them.
+
+To write a new weight method, write a dataclass with its fields, say which fields train, and write
+`materialize`. If you also write `dot`, it is fast.
+
+>>> @node
+... class Scaled(Weight):
+...     base: Any
+...     s: Any
+...     trains = ("s",)
+...     def materialize(self):
+...         return materialize(self.base) * self.s
+>>> w = Scaled(jnp.ones((2, 3)), jnp.array([1.0, 2.0, 3.0]))
+>>> dot(w, jnp.ones((1, 2))).tolist()
+[[2.0, 4.0, 6.0]]
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+
+from .tree import map_with_path
+
+NODES: dict[str, type] = {}  # class name -> class; adapter files name nodes by it
+
+Cls = TypeVar("Cls", bound=type)
+
+
+def node(cls: Cls) -> Cls:
+    """Makes a class a frozen dataclass, a JAX pytree, and known to adapter files by its name.
+
+    Fields made with `static` are part of the structure (hashable, not traced); all others are children.
+    There must be no validation in `__post_init__`: JAX rebuilds nodes from tracers and None.
+    """
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
+    jax.tree_util.register_dataclass(cls)
+    NODES[cls.__name__] = cls
+    return cls
+
+
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A node's field that belongs to the structure and not to the data."""
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+def is_node(x: Any) -> bool:
+    """True for an instance of a class made by `node`."""
+    return type(x) is NODES.get(type(x).__name__)
+
+
+def data_fields(n: Any) -> list[str]:
+    """Names of the fields of a node that hold children."""
+    return [f.name for f in dataclasses.fields(n) if not f.metadata.get("static")]
+
+
+def static_fields(n: Any) -> dict[str, Any]:
+    """The static fields of a node and their values."""
+    return {f.name: getattr(n, f.name) for f in dataclasses.fields(n) if f.metadata.get("static")}
+
+
+class Weight:
+    """Stands for one array of shape `(..., inputs, outputs)`, or `(..., rows, width)` for an embedding.
+
+    Leading axes, if any, are layers (`peftjax.layout`); the products are only asked of one layer.
+    """
+
+    base: Any
+    trains: tuple[str, ...] = ()  # names of the fields that train
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def dtype(self):
+        return self.base.dtype
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    def materialize(self) -> jax.Array:
+        """The array that this node stands for."""
+        raise TypeError(f"{type(self).__name__} must define materialize")
+
+    def dot(self, x: jax.Array) -> jax.Array:
+        """`x @ W`. The checkpoint keeps the dense array out of what the backward pass stores."""
+        return jax.checkpoint(lambda w, x: x @ w.materialize().astype(x.dtype))(self, x)
+
+    def take(self, ids: jax.Array) -> jax.Array:
+        """`W[ids]`, the rows of an embedding."""
+        return jax.checkpoint(lambda w: w.materialize()[ids])(self)
+
+    def attend(self, x: jax.Array) -> jax.Array:
+        """`x @ W.T`, the head tied to an embedding."""
+        return jax.checkpoint(lambda w, x: _attend(w.materialize(), x))(self, x)
+
+
+@node
+class Trained(Weight):
+    """An array of the base that trains as it is: the mark that selective methods leave."""
+
+    value: Any
+    trains = ("value",)
+
+    @property
+    def shape(self):
+        return self.value.shape
+
+    @property
+    def dtype(self):
+        return self.value.dtype
+
+    def materialize(self):
+        return materialize(self.value)
+
+    def dot(self, x):
+        return dot(self.value, x)
+
+    def take(self, ids):
+        return take(self.value, ids)
+
+    def attend(self, x):
+        return attend(self.value, x)
+
+
+def materialize(w: Any) -> jax.Array:
+    """The array itself, or the array that a node stands for."""
+    return w.materialize() if isinstance(w, Weight) else w
+
+
+def dot(w: Any, x: jax.Array) -> jax.Array:
+    """`x @ W` in the dtype of `x`; shapes `(..., inputs)`, `(inputs, outputs)` -> `(..., outputs)`."""
+    return w.dot(x) if isinstance(w, Weight) else x @ w.astype(x.dtype)
+
+
+def take(w: Any, ids: jax.Array) -> jax.Array:
+    """`W[ids]`; shapes `(...)`, `(rows, width)` -> `(..., width)`. Ids out of range are clamped."""
+    return w.take(ids) if isinstance(w, Weight) else w[ids]
+
+
+def attend(w: Any, x: jax.Array) -> jax.Array:
+    """`x @ W.T`; shapes `(..., width)`, `(rows, width)` -> `(..., rows)`."""
+    return w.attend(x) if isinstance(w, Weight) else _attend(w, x)
+
+
+def _attend(w, x):
+    return jnp.einsum("...d,vd->...v", x, w.astype(x.dtype))  # a transpose would copy the table
+
+
+def merge(params: Any) -> Any:
+    """Plain arrays in the original structure: hooks are folded into their siblings, nodes materialised.
+
+    Raises:
+      ValueError: a hook cannot be folded (a prefix, say), or a node cannot be written as one array;
+        the message names the path.
+    """
+
+    def visit(path: str, tree: Mapping) -> dict:
+        out = {k: visit(f"{path}{k}/", v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+        for name in [k for k, v in out.items() if is_node(v) and not isinstance(v, Weight)]:
+            hook = out.pop(name)
+            fold = getattr(type(hook), "fold", None)
+            if fold is None:
+                raise ValueError(
+                    f"cannot merge {path}{name}: {type(hook).__name__} computes what no weight of the base can "
+                    "hold; keep it as an adapter file"
+                )
+            out = dict(fold(hook, out))
+        return out
+
+    def dense(path, w):
+        try:
+            return materialize(w)
+        except ValueError as e:
+            raise ValueError(f"cannot merge {path}: {e}") from e
+
+    return map_with_path(dense, visit("", params), is_leaf=is_node)
