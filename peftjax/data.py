@@ -164,7 +164,7 @@ def _find_hub(task: Task, source: str | Path | None) -> Hub:
     name, _, config = str(source).partition(":")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # what no repository can be called must be a path
         raise FileNotFoundError(
-            f"{source} is not a folder (looked from {Path.cwd()}); give a folder, or owner/name of a data set."
+            f"{source} is not a folder (looked from {Path.cwd()}); give a folder, or a data set's owner/name."
         )
     if task.hub is not None and name == task.hub.name:
         return task.hub._replace(config=config or task.hub.config)
@@ -192,8 +192,8 @@ def _checked(task: Task, source: _Source, split: str) -> list[Row]:
         for column in (*task.inputs, task.target):
             if column not in row:
                 raise ValueError(
-                    f"{where}: no column {column!r}; there are: {', '.join(row)}. Rename one, or give the task "
-                    f"aliases={{'theirs': {column!r}}}."
+                    f"{where}: no column {column!r}; there are: {', '.join(row)}. Rename one, or give the "
+                    f"task aliases={{'theirs': {column!r}}}."
                 )
         for column in task.inputs:
             if not isinstance(row[column], str):
@@ -323,7 +323,7 @@ def _encode_texts(
         texts = [f"{prompt} {row[task.target]}" for prompt, row in zip(prompts, rows, strict=True)]
         whole = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         for prompt, head, ids in zip(prompts, heads, whole, strict=True):
-            if ids[: len(head)] != head:  # generation, given the prompt alone, would start from other tokens
+            if ids[: len(head)] != head:  # generation, given the prompt alone, would start elsewhere
                 raise ValueError(
                     f"The tokenizer joins the end of the prompt {prompt!r} with the blank after it; let the "
                     "task's prompt end in a sign such as ':'."
@@ -357,8 +357,8 @@ def _too_long(task: Task, lengths: Sequence[int], limit: int) -> list[int]:
     if long and not task.truncate:
         raise ValueError(
             f"{len(long)} of {len(lengths)} texts of task {task.name!r} are longer than {limit} tokens (the "
-            f"longest has {max(lengths)}, row {lengths.index(max(lengths)) + 1}); give a larger max_length if the "
-            "model allows it, shorten them, or allow cutting with task._replace(truncate=True)."
+            f"longest has {max(lengths)}, row {lengths.index(max(lengths)) + 1}); raise max_length (up to "
+            "the model's own), shorten them, or allow cutting with task._replace(truncate=True)."
         )
     return long
 
@@ -424,7 +424,7 @@ def plan(
     if batch_size < 1 or not examples or not len(ends) or lengths.max() > ends[-1]:
         raise ValueError(
             f"Cannot put {len(examples)} examples of up to {max(lengths, default=0)} tokens into batches of "
-            f"{batch_size} with buckets {tuple(buckets)}; expected examples, a size of 1 or more, and a bucket "
+            f"{batch_size} with buckets {tuple(buckets)}; expected examples, a size above 0 and a bucket "
             "for the longest."
         )
     rng = None if shuffle_seed is None else np.random.default_rng((shuffle_seed, epoch))

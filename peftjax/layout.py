@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from .tree import Tree, flatten
+from .weights import is_node
 
-_LAYER = re.compile(r"(.+_)(\d+)")
+_LAYER = re.compile(r"(.+_)(0|[1-9]\d*)")
 STACKED = "*"
 
 
@@ -32,16 +33,15 @@ def stack_layers(params: Tree) -> Tree:
     """
     if not isinstance(params, Mapping):
         return params
-    names = {m[1]: 0 for k in params if (m := _LAYER.fullmatch(k)) and isinstance(params[k], Mapping)}
-    out = {}
-    for name in names:
-        n = sum(f"{name}{i}" in params for i in range(len(params)))
-        layers = [stack_layers(params[f"{name}{i}"]) for i in range(n) if f"{name}{i}" in params]
-        if len(layers) == n:
-            names[name] = n
-            out[name + STACKED] = _stack(name, layers)
-    stacked = {f"{name}{i}" for name, n in names.items() for i in range(n)}
-    return {k: stack_layers(v) for k, v in params.items() if k not in stacked} | out
+    runs: dict[str, set[int]] = {}
+    for k, v in params.items():
+        if (m := _LAYER.fullmatch(k)) and isinstance(v, Mapping):
+            runs.setdefault(m[1], set()).add(int(m[2]))
+    out = {k: stack_layers(v) for k, v in params.items()}
+    for name, indices in runs.items():
+        if indices == set(range(len(indices))):
+            out[name + STACKED] = _stack(name, [out.pop(f"{name}{i}") for i in sorted(indices)])
+    return out
 
 
 def _stack(name, layers):
@@ -49,47 +49,74 @@ def _stack(name, layers):
     for i, layer in enumerate(layers):
         here = flatten(layer)
         if jax.tree.structure(layer) != structure:
-            where = sorted(set(here) ^ set(first))[:3] or "the settings of a node"
-            raise ValueError(f"cannot stack layers: {name}{i} differs from {name}0 in {where}; use the per-layer layout")
+            where = sorted(set(here) ^ set(first))[:3] or _differing_nodes(layers[0], layer)
+            raise ValueError(
+                f"cannot stack layers: {name}{i} differs from {name}0 in {where}; use the per-layer layout"
+            )
         for path, x in here.items():
-            if np.shape(x) != np.shape(first[path]) or (isinstance(x, bool) and x != first[path]):
+            if np.shape(x) != np.shape(first[path]) or (_is_bool(x) and x != first[path]):
                 raise ValueError(
                     f"cannot stack layers: {name}{i}/{path} is {_say(x)} and {name}0/{path} is "
                     f"{_say(first[path])}; use the per-layer layout"
                 )
-    return jax.tree.map(lambda *xs: xs[0] if isinstance(xs[0], bool) else jnp.stack(xs), *layers)
+    return jax.tree.map(lambda *xs: xs[0] if _is_bool(xs[0]) else jnp.stack(xs), *layers)
+
+
+def _differing_nodes(first, second):
+    pairs = zip(
+        flatten(first, is_leaf=is_node).items(), flatten(second, is_leaf=is_node).values(), strict=True
+    )
+    return [p for (p, x), y in pairs if jax.tree.structure(x) != jax.tree.structure(y)][:3]
+
+
+def _is_bool(x):
+    return isinstance(x, bool | np.bool_)
 
 
 def _say(x):
-    return x if isinstance(x, bool) else f"of shape {np.shape(x)}"
+    return x if _is_bool(x) else f"of shape {np.shape(x)}"
 
 
-def unstack_layers(params: Tree) -> Tree:
+def unstack_layers(params: Tree, like: Tree | None = None) -> Tree:
     """The inverse of `stack_layers`; a tree that is not stacked comes back unchanged.
+
+    Args:
+      like: stacked parameters that tell how many layers there are; for a mask, or for a half of a partition,
+        which may hold no array to tell it.
 
     >>> sorted(unstack_layers({"h_*": {"w": jnp.ones((2, 3))}}))
     ['h_0', 'h_1']
     """
+    return _unstack(params, params if like is None else like)
+
+
+def _unstack(params, like):
     if not isinstance(params, Mapping):
         return params
     out = {}
     for key, value in params.items():
         if key.endswith("_" + STACKED):
-            n = layer_count(value)
-            for i in range(n):
-                layer = jax.tree.map(lambda x, i=i: x if isinstance(x, bool) else x[i], value)
-                out[f"{key[:-1]}{i}"] = unstack_layers(layer)
+            for i in range(layer_count(like[key])):
+                out[f"{key[:-1]}{i}"] = _unstack(_slice(value, i), _slice(like[key], i))
         else:
-            out[key] = unstack_layers(value)
+            out[key] = _unstack(value, like[key])
     return out
+
+
+def _slice(tree, i):
+    return jax.tree.map(lambda x: x if _is_bool(x) else x[i], tree)
 
 
 def layer_count(stacked: Tree) -> int:
     """Number of layers in the subtree under a `<name>_*` key."""
-    sizes = {np.shape(x)[0] for x in jax.tree.leaves(stacked) if not isinstance(x, bool)}
-    if len(sizes) != 1:
-        raise ValueError(f"a stacked subtree must have one first axis for all leaves; found sizes {sorted(sizes)}")
-    return sizes.pop()
+    sizes = {np.shape(x)[:1] for x in jax.tree.leaves(stacked) if not _is_bool(x)}
+    if not sizes:
+        raise ValueError("a stacked subtree without arrays does not say how many layers it has; give `like`")
+    if len(sizes) > 1 or sizes == {()}:
+        raise ValueError(
+            f"a stacked subtree must have one first axis for all leaves; found sizes {sorted(sizes)}"
+        )
+    return sizes.pop()[0]
 
 
 def layer_paths(path: str, n: int) -> list[str]:

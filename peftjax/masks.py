@@ -5,14 +5,13 @@ A mask function that selects nothing raises: a silent empty selection trains the
 """
 
 import dataclasses
-import re
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .tree import Tree, flatten, map_with_path, nearest
+from .tree import Tree, flatten, map_with_path, matches, nearest
 from .weights import data_fields, is_node
 
 Mask = Callable[[Tree], Tree]
@@ -25,17 +24,20 @@ def by_path(*patterns: str) -> Mask:
     {'a': {'bias': True, 'kernel': False}}
 
     Raises:
-      ValueError: a pattern matches no path; the message gives the nearest paths.
+      ValueError: there is no pattern, or one matches no path; the message gives the nearest paths.
     """
+    if not patterns:
+        raise ValueError("by_path needs at least one pattern, such as '.*/bias'")
 
     def mask(params):
         paths = flatten(params)
         for p in patterns:
-            if not any(re.fullmatch(p, path) for path in paths):
+            if not any(matches(p, path) for path in paths):
                 raise ValueError(
-                    f"the pattern {p!r} matches no whole path of the parameters; the nearest are {nearest(p, paths)}"
+                    f"the pattern {p!r} matches no whole path of the parameters; "
+                    f"the nearest are {nearest(p, paths)}"
                 )
-        return map_with_path(lambda path, _: any(re.fullmatch(p, path) is not None for p in patterns), params)
+        return map_with_path(lambda path, _: any(matches(p, path) for p in patterns), params)
 
     return mask
 
@@ -48,7 +50,7 @@ def by_node(cls: type, *fields: str) -> Mask:
     Raises:
       ValueError: there is no such node, or a field that the class does not have.
     """
-    known = [f.name for f in dataclasses.fields(cls)]
+    known = data_fields(cls)
     if unknown := set(fields) - set(known):
         raise ValueError(f"{cls.__name__} has no field {sorted(unknown)}; its fields are {known}")
 
@@ -84,6 +86,8 @@ def everything(params: Tree) -> Tree:
 
 def any_of(*masks: Mask) -> Mask:
     """Leaves that at least one of the masks selects."""
+    if not masks:
+        raise ValueError("any_of needs at least one mask")
     return lambda params: jax.tree.map(lambda *m: any(m), *(f(params) for f in masks))
 
 
@@ -93,6 +97,8 @@ def all_of(*masks: Mask) -> Mask:
     >>> all_of(by_path(".*/bias"), by_path("a/.*"))({"a": {"bias": 1}, "b": {"bias": 2}})
     {'a': {'bias': True}, 'b': {'bias': False}}
     """
+    if not masks:
+        raise ValueError("all_of needs at least one mask")
     return _non_empty("all_of", lambda params: jax.tree.map(lambda *m: all(m), *(f(params) for f in masks)))
 
 

@@ -11,12 +11,10 @@ from typing import Any, Literal, NamedTuple
 Kind = Literal["classification", "regression", "generation"]
 
 
-def _files(
-    train: str = "train", dev: str = "dev", test: str = "test"
-) -> dict[str, tuple[tuple[str, ...], ...]]:
-    names = {"train": (train,), "dev": (dev, "validation"), "test": (test,)}
+def _files(dev: str = "dev") -> dict[str, tuple[tuple[str, ...], ...]]:
+    names = {"train": ("train",), "dev": (dev, "validation"), "test": ("test",)}
     return {
-        split: tuple((f"{stem}{ending}",) for stem in dict.fromkeys(stems) for ending in (".jsonl", ".tsv"))
+        split: tuple((f"{stem}{ending}",) for stem in stems for ending in (".jsonl", ".tsv"))
         for split, stems in names.items()
     }
 
@@ -32,9 +30,7 @@ class Hub(NamedTuple):
     name: str
     config: str | None = None
     splits: Mapping[str, str] = _SPLITS
-    revision: str | None = (
-        None  # "refs/convert/parquet" for a repository that is a script, which datasets 4 refuses
-    )
+    revision: str | None = None  # "refs/convert/parquet" where main is a script, which datasets 4 refuses
 
 
 class Task(NamedTuple):
@@ -70,14 +66,10 @@ class Task(NamedTuple):
     target: str
     labels: tuple[Any, ...] | None = None  # in id order; None: the sorted values of the train split
     metrics: tuple[str, ...] = ("accuracy",)  # keys of metrics.METRICS; the first decides which step is best
-    files: Mapping[str, tuple[tuple[str, ...], ...]] = (
-        _FILES  # split -> alternatives, each some files to concatenate
-    )
+    files: Mapping[str, tuple[tuple[str, ...], ...]] = _FILES  # split -> alternatives, each files to join
     hub: Hub | None = None
     aliases: Mapping[str, str] = _NO_ALIASES  # a source's column -> the name used here
-    holdout: float = (
-        0.0  # the share of train that becomes dev where the source has no dev split; 0: an error instead
-    )
+    holdout: float = 0.0  # the share of train that becomes dev where a source has no dev; 0: an error
     prompt: Callable[[Mapping[str, Any]], str] | None = None  # generation; None: the first input as it stands
     truncate: bool = False  # whether a text longer than max_length may be cut; otherwise it is an error
     max_length: int = 512  # in tokens, special tokens included
@@ -119,7 +111,7 @@ _NLI = ("entailment", "not_entailment")  # GLUE's order: 0 is entailment
 
 
 def _glue(name: str, inputs: tuple[str, ...], labels: tuple[Any, ...] | None, **changes: Any) -> Task:
-    """Texts are cut at 128 tokens, as in the BERT paper's GLUE runs, unless the row says otherwise."""
+    """Texts are cut at 128 tokens, the usual length for GLUE, unless the row says otherwise."""
     row = Task(
         name=name,
         kind="classification",

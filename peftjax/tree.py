@@ -5,6 +5,7 @@ A node (see `peftjax.weights`) may stand where an array was; its fields continue
 """
 
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -52,6 +53,18 @@ def nearest(name: str, names, n: int = 5) -> list[str]:
     return difflib.get_close_matches(name, names, n=n, cutoff=0.0) if names else []
 
 
+def matches(pattern: str, path: str) -> bool:
+    """Whether the regular expression matches the whole path.
+
+    Raises:
+      ValueError: it is no valid regular expression.
+    """
+    try:
+        return re.fullmatch(pattern, path) is not None
+    except re.error as e:
+        raise ValueError(f"the pattern {pattern!r} is no valid regular expression: {e}") from e
+
+
 def get(tree: Tree, path: str) -> Any:
     """What stands at a path of nested dicts; a missing path raises with the nearest ones.
 
@@ -61,7 +74,9 @@ def get(tree: Tree, path: str) -> Any:
     here = tree
     for part in path.split("/"):
         if not isinstance(here, Mapping) or part not in here:
-            raise ValueError(f"no parameter at {path!r}; the nearest paths are {nearest(path, flatten(tree))}")
+            raise ValueError(
+                f"no parameter at {path!r}; the nearest paths are {nearest(path, flatten(tree))}"
+            )
         here = here[part]
     return here
 
@@ -113,7 +128,7 @@ def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
     if jax.tree.structure(params) != jax.tree.structure(mask):
         different = set(flatten(params)) ^ set(flatten(mask))
         raise ValueError(
-            f"the mask's structure is not the parameters': it differs at {sorted(different)[:5] or 'a node'}; "
+            f"the mask and the parameters differ in structure at {sorted(different)[:5] or 'a node'}; "
             "make the mask with a mask function on these very parameters"
         )
     flat = flatten(mask)
@@ -124,7 +139,9 @@ def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
         raise ValueError(f"the mask selects none of the {len(flat)} leaves; nothing would be trained")
     for path, leaf in flatten(params).items():
         if flat[path] and not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(f"the mask selects {path!r} of dtype {leaf.dtype}; only floating arrays can train")
+            raise ValueError(
+                f"the mask selects {path!r} of dtype {leaf.dtype}; only floating arrays can train"
+            )
     trainable = jax.tree.map(lambda x, m: x if m else HOLE, params, mask)
     frozen = jax.tree.map(lambda x, m: HOLE if m else x, params, mask)
     return trainable, frozen
@@ -137,9 +154,19 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
       ValueError: both halves have a leaf at the same path, or the structures differ.
     """
 
+    def hole(x):
+        return x is HOLE
+
+    if jax.tree.structure(trainable, is_leaf=hole) != jax.tree.structure(frozen, is_leaf=hole):
+        different = set(flatten(trainable, is_leaf=hole)) ^ set(flatten(frozen, is_leaf=hole))
+        raise ValueError(
+            f"the two halves differ in structure at {sorted(different)[:5] or 'a node'}; "
+            "combine the halves of one partition"
+        )
+
     def pick(path, a, b):
         if a is not HOLE and b is not HOLE:
             raise ValueError(f"both halves have a leaf at {path!r}; one of them must be a hole")
         return b if a is HOLE else a
 
-    return map_with_path(pick, trainable, frozen, is_leaf=lambda x: x is HOLE)
+    return map_with_path(pick, trainable, frozen, is_leaf=hole)

@@ -20,8 +20,8 @@ To write a new weight method, write a dataclass with its fields, say which field
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,15 @@ NODES: dict[str, type] = {}  # class name -> class; adapter files name nodes by 
 Cls = TypeVar("Cls", bound=type)
 
 
+def static(default: Any = dataclasses.MISSING) -> Any:
+    """A node's field that belongs to the structure and not to the data.
+
+    Write `static(default=...)`: type checkers see only the keyword.
+    """
+    return dataclasses.field(default=default, metadata={"static": True})
+
+
+@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(dataclasses.field, static))
 def node(cls: Cls) -> Cls:
     """Makes a class a frozen dataclass, a JAX pytree, and known to adapter files by its name.
 
@@ -45,24 +54,37 @@ def node(cls: Cls) -> Cls:
     return cls
 
 
-def static(default: Any = dataclasses.MISSING) -> Any:
-    """A node's field that belongs to the structure and not to the data."""
-    return dataclasses.field(default=default, metadata={"static": True})
-
-
 def is_node(x: Any) -> bool:
     """True for an instance of a class made by `node`."""
     return type(x) is NODES.get(type(x).__name__)
 
 
 def data_fields(n: Any) -> list[str]:
-    """Names of the fields of a node that hold children."""
+    """Names of the fields of a node, or of a class of nodes, that hold children."""
     return [f.name for f in dataclasses.fields(n) if not f.metadata.get("static")]
 
 
 def static_fields(n: Any) -> dict[str, Any]:
     """The static fields of a node and their values."""
     return {f.name: getattr(n, f.name) for f in dataclasses.fields(n) if f.metadata.get("static")}
+
+
+def map_nodes(f: Callable, tree: Any) -> Any:
+    """Rewrites every node to `f(path, node)`, those inside other nodes first; all else stays."""
+
+    def visit(path, x):
+        if not is_node(x):
+            return x
+        inner = {
+            field: map_with_path(
+                lambda p, y, at=f"{path}/{field}": visit(f"{at}/{p}" if p else at, y), value, is_leaf=is_node
+            )
+            for field in data_fields(x)
+            if (value := getattr(x, field)) is not None
+        }
+        return f(path, dataclasses.replace(x, **inner))
+
+    return map_with_path(visit, tree, is_leaf=is_node)
 
 
 class Weight:
@@ -170,8 +192,8 @@ def merge(params: Any) -> Any:
             fold = getattr(type(hook), "fold", None)
             if fold is None:
                 raise ValueError(
-                    f"cannot merge {path}{name}: {type(hook).__name__} computes what no weight of the base can "
-                    "hold; keep it as an adapter file"
+                    f"cannot merge {path}{name}: {type(hook).__name__} computes what no weight of the base "
+                    "can hold; keep it as an adapter file"
                 )
             out = dict(fold(hook, out))
         return out

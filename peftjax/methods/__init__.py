@@ -11,7 +11,7 @@ from .base import select as select
 from .base import weight_method as weight_method
 from .bitfit import bitfit as bitfit
 from .full import full as full
-from .full import head as head
+from .head import head as head
 from .lora import lora as lora
 from .prefix import prefix as prefix
 
@@ -58,10 +58,14 @@ def parse(text: str) -> dict[str, Method]:
       ValueError: text that is no such list; an unknown method or argument.
     """
     try:
-        items = ast.parse(f"[{text}]", mode="eval").body.elts
-        return {ast.unparse(item).replace(" + ", "+"): chain(*_terms(item)) for item in items}
-    except (SyntaxError, AttributeError) as e:
-        raise ValueError(f"cannot read the methods {text!r}; write for example 'head, lora(rank=4), lora+bitfit'") from e
+        items = ast.parse(f"[{text}]", mode="eval").body
+    except SyntaxError:
+        items = None
+    if not isinstance(items, ast.List) or not items.elts:
+        raise ValueError(
+            f"cannot read the methods {text!r}; write for example 'head, lora(rank=4), lora+bitfit'"
+        )
+    return {ast.unparse(item).replace(" + ", "+"): chain(*_terms(item)) for item in items.elts}
 
 
 def _terms(item: ast.expr) -> list[Method]:
@@ -71,5 +75,8 @@ def _terms(item: ast.expr) -> list[Method]:
         case ast.Name(id=name):
             return [build(name, {})]
         case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
-            return [build(name, {k.arg: ast.literal_eval(k.value) for k in keywords if k.arg})]
-    raise ValueError(f"cannot read {ast.unparse(item)!r}; write a name, or a name with arguments such as lora(rank=4)")
+            if all(k.arg for k in keywords):  # ** has no name
+                return [build(name, {str(k.arg): ast.literal_eval(k.value) for k in keywords})]
+    raise ValueError(
+        f"cannot read {ast.unparse(item)!r}; write a name, or a name with arguments such as lora(rank=4)"
+    )

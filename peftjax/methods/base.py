@@ -14,7 +14,6 @@ The laws that every method obeys (tests/test_methods.py checks them over the tab
 10. `chain` of methods that touch different leaves equals applying both; the same leaf nests or raises.
 """
 
-import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,8 +23,8 @@ import jax.numpy as jnp
 
 from .. import masks
 from ..layout import is_stacked, layer_paths
-from ..tree import Tree, flatten, get, nearest, update
-from ..weights import Trained, is_node
+from ..tree import Tree, flatten, get, matches, nearest, update
+from ..weights import Trained, Weight, data_fields, is_node
 
 LINEAR = ("query", "key", "value", "attention_out", "mlp_in", "mlp_out")  # kinds of the weights `x @ W`
 
@@ -151,12 +150,14 @@ def _check_overlap(m: Method, owner: dict[str, Method], old: Tree, new: Tree) ->
 
 
 def _contains(outer, inner) -> bool:
-    while outer is not inner and is_node(outer):
-        outer = getattr(outer, "base", None)
-    return outer is inner
+    if outer is inner:
+        return True
+    return is_node(outer) and any(_contains(getattr(outer, f), inner) for f in data_fields(outer))
 
 
-def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: Iterable[str] = ()) -> list[Site]:
+def select(
+    params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: Iterable[str] = ()
+) -> list[Site]:
     """The sites that the targets name; a target is a kind of site or a pattern of whole paths.
 
     Args:
@@ -174,10 +175,17 @@ def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: I
     ['h_0/q/kernel']
     """
     if isinstance(targets, str):
-        raise ValueError(f"targets must be a list of kinds or patterns, such as [{targets!r}]; got the string {targets!r}")
+        raise ValueError(
+            f"targets must be a list of kinds or patterns, such as [{targets!r}]; got the string {targets!r}"
+        )
+    targets = list(targets)
+    if not targets:
+        raise ValueError("targets is empty; write kinds or patterns, such as ['query', 'value']")
     paths = flatten(params, is_leaf=is_node)
     if stacked := next((p for p in paths if is_stacked(p)), None):
-        raise ValueError(f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first")
+        raise ValueError(
+            f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first"
+        )
     by_path = {s.path: s for s in sites if not kinds or s.kind in kinds or s.path in paths}
     there = sorted({s.kind for s in sites if not kinds or s.kind in kinds})
     chosen = {}
@@ -185,7 +193,7 @@ def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: I
         wanted = [k for k in LINEAR if k in there] if target == "linear" else [target]
         found = [s for s in by_path.values() if s.kind in wanted and s.kind in there]
         if not found:
-            found = [by_path.get(p, Site(p, "weight")) for p in paths if _full(target, p)]
+            found = [by_path.get(p, Site(p, "weight")) for p in paths if matches(target, p)]
         if not found:
             raise ValueError(
                 f"the target {target!r} is no kind of site of this model (it has {there}) and as a pattern "
@@ -195,17 +203,17 @@ def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: I
     return list(chosen.values())
 
 
-def _full(pattern: str, path: str) -> bool:
-    try:
-        return re.fullmatch(pattern, path) is not None
-    except re.error as e:
-        raise ValueError(f"the target {pattern!r} is no valid regular expression: {e}") from e
-
-
 def wrap(key: jax.Array, params: Tree, sites: Iterable[Site], new: Callable) -> Tree:
-    """Rewrites the weight at each site to `new(key, weight, site)`, every site with a key of its own."""
-    made = {s.path: new(path_key(key, s.path), get(params, s.path), s) for s in sites}
-    return update(params, made)
+    """Rewrites the weight at each site to `new(key, weight, site)`, every site with a key of its own.
+
+    Raises:
+      ValueError: a site is a module or a hook and no weight.
+    """
+    old = [(s, get(params, s.path)) for s in sites]
+    for s, w in old:
+        if isinstance(w, Mapping) or (is_node(w) and not isinstance(w, Weight)):
+            raise ValueError(f"{s.path} (kind {s.kind!r}) is no weight; target weights such as {LINEAR}")
+    return update(params, {s.path: new(path_key(key, s.path), w, s) for s, w in old})
 
 
 def mark(name: str, params: Tree, paths: Iterable[str]) -> Tree:
@@ -217,7 +225,9 @@ def mark(name: str, params: Tree, paths: Iterable[str]) -> Tree:
     arrays = {p: get(params, p) for p in paths}
     for path, x in arrays.items():
         if is_node(x):
-            raise ValueError(f"{name}: {path} is already a {type(x).__name__}; apply {name} first or leave it out")
+            raise ValueError(
+                f"{name}: {path} is already a {type(x).__name__}; apply {name} first or leave it out"
+            )
     return update(params, {p: Trained(x) for p, x in arrays.items()})
 
 
@@ -233,7 +243,15 @@ def leaf_key(key: jax.Array, path: str, layers: int | None) -> jax.Array:
     return jnp.stack([path_key(key, p) for p in layer_paths(path, layers)])
 
 
-def weight_method(name: str, arguments: dict, targets: Iterable[str], cls: type, new: Callable, **rest) -> Method:
+def virtual_tokens(params: Tree) -> int:
+    """How many positions the methods in the tree take before the text: the sum over the `shift` hooks."""
+    nodes = flatten(params, is_leaf=is_node)
+    return sum(node.n for path, node in nodes.items() if path.endswith("/shift"))
+
+
+def weight_method(
+    name: str, arguments: dict, targets: Iterable[str], cls: type, new: Callable, **rest
+) -> Method:
     """A method that replaces the targeted weights by nodes of a class; the node says which fields train.
 
     Args:

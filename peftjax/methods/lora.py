@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from .. import masks
-from ..tree import Tree, map_with_path
-from ..weights import Weight, attend, dot, is_node, materialize, node, static, take
+from ..tree import Tree, matches
+from ..weights import Weight, attend, dot, map_nodes, materialize, node, static, take
 from .base import Method, Site, leaf_key, method, select, wrap
 
 
@@ -28,10 +27,10 @@ class LoRA(Weight):
     a: jax.Array
     b: jax.Array
     key: jax.Array | None = None
-    scale: float = static(1.0)
-    dropout: float = static(0.0)
-    only: str | None = static(None)
-    trains: tuple[str, ...] = static(("a", "b"))
+    scale: float = static(default=1.0)
+    dropout: float = static(default=0.0)
+    only: str | None = static(default=None)
+    trains: tuple[str, ...] = static(default=("a", "b"))
 
     def materialize(self):
         if self.only:
@@ -77,7 +76,8 @@ def lora(
     Hu et al. 2022 (arXiv:2106.09685), section 4.1, equation 3. Here weights act from the right, so A is
     (inputs, r) and B is (r, outputs). A starts as the authors' code has it, uniform in ±1/sqrt(inputs); the
     paper says Gaussian. B starts at zero, so the function starts unchanged. For an embedding the roles are
-    exchanged, as in the authors' code: A, (rows, r), is zero and B normal. The default targets are the paper's.
+    exchanged, as in the authors' code: A, (rows, r), is zero and B normal. The default targets are the
+    paper's.
 
     Args:
       rank: r, at least 1 and at most the smaller side of each target.
@@ -128,7 +128,7 @@ def lora(
                 f"write a rank of at most {min(w.shape)}, or a rank_pattern for this path"
             )
         scale = _override(arguments["alpha_pattern"], site, r if alpha is None else alpha)
-        scale /= math.sqrt(r) if rslora else r
+        scale = float(scale) / (math.sqrt(r) if rslora else r)  # a numpy scalar would promote bfloat16
         rows, columns = w.shape
         if site.kind == "embedding":
             a, b = jnp.zeros((rows, r)), jax.random.normal(key, (r, columns))
@@ -152,7 +152,7 @@ def lora(
 
 
 def _fits(pattern: str, site: Site) -> bool:
-    return pattern == site.kind or re.fullmatch(pattern, site.path) is not None
+    return pattern == site.kind or matches(pattern, site.path)
 
 
 def _override(patterns: Mapping, site: Site, default):
@@ -166,7 +166,7 @@ def write_dropout_keys(params: Tree, key: jax.Array | None) -> Tree:
         if not isinstance(w, LoRA):
             return w
         stacked = w.a.shape[0] if w.a.ndim == 3 else None
-        drop = key is not None and w.dropout > 0
-        return dataclasses.replace(w, key=leaf_key(key, path, stacked) if drop else None)
+        drop = None if key is None or not w.dropout else leaf_key(key, path, stacked)
+        return dataclasses.replace(w, key=drop)
 
-    return map_with_path(visit, params, is_leaf=is_node)
+    return map_nodes(visit, params)

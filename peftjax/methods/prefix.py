@@ -20,7 +20,7 @@ class Prefix:
 
     key: Any
     value: Any
-    trains: tuple[str, ...] = static(("key", "value"))
+    trains: tuple[str, ...] = static(default=("key", "value"))
 
     def __call__(self, y, *, x, context):
         """(keys, values), each (batch, length, heads, size) -> the same with length n + length."""
@@ -36,8 +36,8 @@ class Prefix:
 class Shift:
     """Hook of a model's positions: the text comes after n virtual tokens."""
 
-    n: int = static(0)
-    trains: tuple[str, ...] = static(())
+    n: int = static(default=0)
+    trains: tuple[str, ...] = static(default=())
 
     def __call__(self, y, *, x, context):
         return y + self.n
@@ -94,7 +94,7 @@ def prefix(length: int = 10, *, mlp: bool = False, hidden: int = 512, std: float
                 "prefix: the sites must name the attention modules and where positions are counted; "
                 f"these are of kinds {sorted({s.kind for s in sites})}"
             )
-        new = {f"{s.path}/shift": Shift(length) for s in positions}
+        new: dict[str, Any] = {f"{s.path}/shift": Shift(length) for s in positions}
         for s in attention:
             k, v = jax.random.split(path_key(key, s.path))
             shape = (length, *s.heads[1:])

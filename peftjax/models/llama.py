@@ -151,7 +151,16 @@ class Llama(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask=None, type_ids=None, positions=None, cache=None, deterministic=True):
+    def __call__(
+        self,
+        input_ids,
+        attention_mask=None,
+        type_ids=None,
+        positions=None,
+        cache=None,
+        deterministic=True,
+        last_only=False,
+    ):
         """Token ids (batch, length) -> `Output`.
 
         Args:
@@ -159,6 +168,7 @@ class Llama(nn.Module):
           type_ids: must be None; Llama has none.
           positions: (batch, length); default: counted from 0, or from the cache's end.
           cache: keys and values of the tokens before these.
+          last_only: a language model's logits of the last position only, (batch, 1, vocabulary).
         """
         if type_ids is not None:
             raise ValueError("Llama has no token types; leave type_ids out")
@@ -170,6 +180,7 @@ class Llama(nn.Module):
         hidden, cache = base(input_ids, mask, positions, cache, deterministic)
         logits = None
         if self.head == "causal-lm":
+            hidden = hidden[:, -1:] if last_only else hidden
             if c.tie_word_embeddings:
                 logits = base.attend(hidden)
             else:

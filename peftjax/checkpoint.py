@@ -1,0 +1,252 @@
+"""Files: the adapter file, and the training state that a killed run resumes from.
+
+An adapter file is one safetensors file: the leaves that the method saves, named by their paths, and a JSON
+header under the metadata key `peftjax`. The header holds the method's spec, the base's fingerprint, a digest
+of the tensors, and for every rewritten path the class, static fields and nesting of its node. Loading needs
+neither data nor `init`.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from .hub import Model, fingerprint
+from .layout import unstack_layers
+from .methods import Method, from_spec
+from .tree import Tree, flatten, get, nearest, update
+from .weights import NODES, data_fields, is_node, static_fields
+
+FORMAT = 1
+SAVED, BASE = "saved", "base"
+
+
+class Adapter(NamedTuple):
+    """What an adapter file gives back.
+
+    Attributes:
+      params: the base's parameters with the adapter in them, per-layer.
+      method: the method that made it, from its spec.
+      header: the whole header; `header['extra']` is what the writer added (task, labels, scores).
+    """
+
+    params: Tree
+    method: Method
+    header: dict
+
+
+def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, extra: dict | None = None) -> int:
+    """Writes the adapter file, whole or not at all, and returns its size in bytes.
+
+    Args:
+      model: the base that was adapted.
+      params: adapted parameters, per-layer or stacked; `method.resolve(params, None)` is applied here.
+      extra: JSON to keep in the header.
+
+    Raises:
+      ValueError: a node holds an array that the method does not save and that is not the base's.
+      OSError: the file cannot be written; nothing is left behind.
+    """
+    params = unstack_layers(method.resolve(params, None))
+    saved = flatten(method.saved(params))
+    nodes = {p: n for p, n in flatten(params, is_leaf=is_node).items() if is_node(n)}
+    tensors = {p: np.asarray(x) for p, x in flatten(params).items() if saved[p]}
+    arrays = sorted(p for p in tensors if not any(p.startswith(n + "/") for n in nodes))
+    header = {
+        "format": FORMAT,
+        "spec": [[name, arguments] for name, arguments in method.spec],
+        "base": {"fingerprint": fingerprint(model), "architecture": model.hf_config.architectures[0]},
+        "digest": _digest(tensors),
+        "nodes": {p: _describe(p, n, saved) for p, n in sorted(nodes.items())},
+        "arrays": arrays,
+        "extra": extra or {},
+    }
+    return write_atomically(file, save(tensors, metadata={"peftjax": json.dumps(header, sort_keys=True)}))
+
+
+def write_atomically(file: str | Path, data: bytes | str) -> int:
+    """Writes beside the file, then renames; a reader or a crash never sees half of it. Returns the size."""
+    file = Path(file)
+    data = data.encode() if isinstance(data, str) else data
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
+    return len(data)
+
+
+def read_header(file: str | Path) -> dict:
+    """The header of an adapter file, without its tensors.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: it is truncated, no safetensors file, or no adapter file of this format.
+    """
+    return _open(file)[0]
+
+
+def load_adapter(file: str | Path, model: Model) -> Adapter:
+    """Puts a saved adapter into the base it was trained on.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: the file is truncated or corrupted, was made for another base, or its tensors, nodes or
+        paths are not those that the header and the base say; the message names them.
+    """
+    header, tensors = _open(file)
+    known = fingerprint(model)
+    if header["base"]["fingerprint"] != known:
+        raise ValueError(
+            f"{file} is an adapter for another base ({header['base']['architecture']} with fingerprint "
+            f"{header['base']['fingerprint']}); this one is {model.hf_config.architectures[0]} with {known}"
+        )
+    wanted = set(header["arrays"]) | {t for p, d in header["nodes"].items() for t in _tensor_names(p, d)}
+    if wanted != set(tensors):
+        raise ValueError(
+            f"{file}: missing tensors {sorted(wanted - set(tensors))}, unknown tensors {sorted(set(tensors) - wanted)}"
+        )
+    if header["digest"] != _digest(tensors):
+        raise ValueError(f"{file} is corrupted: its tensors do not match the digest in its header")
+    base = flatten(model.params)
+    for path in header["arrays"]:
+        if path not in base or base[path].shape != tensors[path].shape:
+            there = base[path].shape if path in base else f"nothing (nearest: {nearest(path, base)})"
+            raise ValueError(f"{file}: {path} has shape {tensors[path].shape}, the base has {there}")
+    new = {p: jnp.asarray(tensors[p]) for p in header["arrays"]}
+    new |= {p: _rebuild(file, p, d, tensors, model.params, p) for p, d in header["nodes"].items()}
+    spec = [(name, arguments) for name, arguments in header["spec"]]
+    return Adapter(update(model.params, new), from_spec(spec), header)
+
+
+def _open(file: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
+    file = Path(file)
+    if not file.is_file():
+        raise FileNotFoundError(f"there is no adapter file {file}")
+    try:
+        with safe_open(file, framework="flax") as f:
+            meta = (f.metadata() or {}).get("peftjax")
+            tensors = {k: np.asarray(f.get_tensor(k)) for k in f.keys()}  # noqa: SIM118 - safe_open is no mapping
+        header = json.loads(meta) if meta else None
+    except (SafetensorError, json.JSONDecodeError) as e:
+        raise ValueError(f"{file} is truncated or corrupted: {e}") from e
+    if header is None or header.get("format") != FORMAT:
+        raise ValueError(f"{file} is a safetensors file, but no peftjax adapter of format {FORMAT}")
+    return header, tensors
+
+
+def _digest(tensors: dict[str, np.ndarray]) -> str:
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        h.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        h.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return h.hexdigest()
+
+
+def _describe(path: str, n: Any, saved: dict[str, bool]) -> dict:
+    def field(name, value):
+        here = f"{path}/{name}"
+        if value is None:
+            return None
+        if is_node(value):
+            return _describe(here, value, saved)
+        if saved.get(here):
+            return SAVED
+        if name == "base":
+            return BASE
+        raise ValueError(f"the method does not save {here}, and it is not the base's; the file could not be loaded")
+
+    fields = {name: field(name, getattr(n, name)) for name in data_fields(n)}
+    return {"class": type(n).__name__, "static": static_fields(n), "fields": fields}
+
+
+def _tensor_names(path: str, description: dict) -> list[str]:
+    out = []
+    for name, d in description["fields"].items():
+        here = f"{path}/{name}"
+        out += [here] if d == SAVED else _tensor_names(here, d) if isinstance(d, dict) else []
+    return out
+
+
+def _rebuild(file, path: str, description: dict, tensors: dict, base: Tree, base_path: str) -> Any:
+    cls = NODES.get(description["class"])
+    if cls is None:
+        raise ValueError(
+            f"{file}: {path} is a {description['class']}, which is not known here; import the module that defines it"
+        )
+    unknown = {*description["fields"], *description["static"]} ^ {f.name for f in dataclasses.fields(cls)}
+    if unknown:
+        raise ValueError(f"{file}: {path}: the fields {sorted(unknown)} of {cls.__name__} differ from the file's")
+    values = {k: _tuples(v) for k, v in description["static"].items()}
+    for name, d in description["fields"].items():
+        here = f"{path}/{name}"
+        if isinstance(d, dict):
+            values[name] = _rebuild(file, here, d, tensors, base, base_path)
+        elif d == SAVED:
+            values[name] = jnp.asarray(tensors[here])
+        else:
+            values[name] = None if d is None else get(base, base_path)
+    return cls(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, list) else value
+
+
+class StateFolder:
+    """Training states in a folder, by orbax; the newest whole one survives a kill at any moment.
+
+    A state is any pytree of arrays; its structure comes from the template given to `restore`.
+    """
+
+    def __init__(self, folder: str | Path):
+        import orbax.checkpoint as ocp
+
+        self._ocp = ocp
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        self._manager = ocp.CheckpointManager(Path(folder).resolve(), options=options)
+
+    def latest(self) -> int | None:
+        """The newest step that was saved whole."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Tree, meta: dict) -> None:
+        """Saves the state's arrays and JSON beside them under a step."""
+        if step == self.latest():
+            return
+        arrays = {f"{i:05d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+        args = self._ocp.args
+        self._manager.save(step, args=args.Composite(state=args.StandardSave(arrays), meta=args.JsonSave(meta)))
+
+    def restore(self, step: int, template: Tree) -> tuple[Tree, dict]:
+        """The state of a step in the template's structure, and its JSON.
+
+        Raises:
+          ValueError: the saved arrays are not those of the template.
+        """
+        leaves, structure = jax.tree.flatten(template)
+        shapes = {f"{i:05d}": jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in enumerate(leaves)}
+        args = self._ocp.args
+        try:
+            got = self._manager.restore(
+                step, args=args.Composite(state=args.StandardRestore(shapes), meta=args.JsonRestore())
+            )
+        except (ValueError, KeyError) as e:
+            raise ValueError(f"the saved training state is not one of this run: {e}") from e
+        return jax.tree.unflatten(structure, [got["state"][k] for k in sorted(shapes)]), got["meta"]
+
+    def close(self) -> None:
+        self._manager.close()

@@ -1,0 +1,226 @@
+"""A problem: one model, one task, its data as tokens; the loss to train on and the score to judge by."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from . import data, hub
+from .generate import greedy
+from .hub import Model
+from .metrics import score
+from .tasks import Task, get_task
+from .tree import Tree
+
+EVAL_BATCH = 64
+
+
+class Problem(NamedTuple):
+    """What methods are compared on.
+
+    Attributes:
+      model: the base.
+      tokenizer: transformers' tokenizer of the base.
+      task: with its labels filled in.
+      train, dev: examples; a generation task's dev examples are for the loss.
+      prompts: of a generation task, with references, to be scored on.
+      buckets: lengths that training batches are padded to, dev batches too.
+      max_new_tokens: of a generated text: the longest completion of the training set.
+      notes: what the reader of a table should know (texts cut, examples left out).
+    """
+
+    model: Model
+    tokenizer: Any
+    task: Task
+    train: list[data.Example]
+    dev: list[data.Example]
+    prompts: list[data.Example]
+    buckets: tuple[int, ...]
+    max_new_tokens: int
+    notes: tuple[str, ...]
+
+    @property
+    def pad_id(self) -> int:
+        return self.tokenizer.pad_token_id or 0
+
+    def epoch(self, number: int, batch_size: int, seed: int) -> Iterator[dict]:
+        """The shuffled training batches of an epoch."""
+        pad = self.pad_id
+        return data.batches(
+            self.train, batch_size, self.buckets, pad_id=pad, shuffle_seed=seed, epoch=number
+        )
+
+    def steps_per_epoch(self, batch_size: int) -> int:
+        return len(data.plan(self.train, batch_size, self.buckets))
+
+    def digest(self) -> str:
+        """Sixteen hex digits of the examples."""
+        h = hashlib.sha256()
+        for examples in (self.train, self.dev, self.prompts):
+            for e in examples:
+                h.update(repr(e).encode())
+        return h.hexdigest()[:16]
+
+
+def prepare(
+    model_name: str,
+    task: str | Task,
+    source: str | None = None,
+    *,
+    eval_split: str = "dev",
+    train_limit: int | None = None,
+    eval_limit: int | None = None,
+    reserve: int = 0,
+    max_length: int | None = None,
+    max_buckets: int = 3,
+    need_train: bool = True,
+    **load: Any,
+) -> Problem:
+    """Loads a model, its tokenizer and a task's data, and turns the texts into tokens.
+
+    Args:
+      model_name: folder or hub name.
+      task: a name of `peftjax.tasks.TASKS`, or a row of one's own.
+      source: folder of the data, or a Hugging Face data set; default: the task's.
+      eval_split: 'dev' or 'test'.
+      train_limit, eval_limit: use the first so many rows (of a generation task: inputs to be scored).
+      reserve: positions that the methods take before the text (`virtual_tokens`).
+      max_length: of a text in tokens; default: the task's, or what the model has room for.
+      max_buckets: number of lengths that batches are padded to.
+      need_train: False leaves the training examples out (the labels may still come from them).
+      load: passed to `peftjax.hub.load`.
+
+    Raises:
+      ValueError, FileNotFoundError: from the loaders; or a text that is too long where the task does not cut.
+    """
+    task = get_task(task) if isinstance(task, str) else task
+    rows = data.load_rows(task, source, "train") if need_train or _open_labels(task) else []
+    if _open_labels(task):
+        task = task._replace(labels=data.labels_of(task, rows))
+    eval_rows = data.load_rows(task, source, eval_split)
+    rows, eval_rows = rows[:train_limit] if need_train else [], _first(task, eval_rows, eval_limit)
+    purpose, labels = "causal-lm", None
+    if task.kind != "generation":
+        purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
+    tokenizer = hub.load_tokenizer(model_name)
+    model = hub.load(model_name, purpose, labels=labels, **load)
+    room = model.max_length - reserve
+    limit = min(max_length or task.max_length, room)
+    notes = []
+
+    def encode(rows, what, **kwargs):
+        encoded = data.encode(task, rows, tokenizer, task.labels, kwargs.pop("limit", limit), **kwargs)
+        if encoded.truncated:
+            notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {limit} tokens")
+        if "type_vocab_size" not in model.config._fields:  # some tokenizers give token types to models without
+            return [e._replace(type_ids=None) for e in encoded.examples]
+        return encoded.examples
+
+    train = encode(rows, "training") if rows else []
+    dev = encode(eval_rows, eval_split)
+    prompts, new_tokens = [], 0
+    if task.kind == "generation":
+        new_tokens = max(sum(e.loss_mask or []) for e in train or dev)
+        prompts = encode(eval_rows, "prompt", limit=room - new_tokens, for_generation=True)
+    for limit_, what in ((train_limit, "training rows"), (eval_limit, f"{eval_split} inputs")):
+        if limit_ is not None:
+            notes.append(f"the first {limit_} {what} only")
+    lengths = [len(e.input_ids) for e in [*train, *dev]]
+    buckets = data.bucket_lengths(lengths, max_buckets, limit=limit)
+    return Problem(model, tokenizer, task, train, dev, prompts, buckets, new_tokens, tuple(notes))
+
+
+def _open_labels(task: Task) -> bool:
+    return task.kind == "classification" and task.labels is None
+
+
+def _first(task: Task, rows: list[dict], limit: int | None) -> list[dict]:
+    if limit is None or task.kind != "generation":
+        return rows[:limit]
+    keys = list(dict.fromkeys(tuple(row[c] for c in task.inputs) for row in rows))[:limit]
+    return [row for row in rows if tuple(row[c] for c in task.inputs) in set(keys)]
+
+
+def objective(problem: Problem) -> Callable[[Tree, dict, jax.Array | None], tuple[jax.Array, jax.Array]]:
+    """(params, batch, key or None) -> (sum of losses, sum of weights).
+
+    Classification: cross-entropy an example; regression: squared error; generation: cross-entropy a token
+    of the completion.
+    """
+    model, kind = problem.model, problem.task.kind
+
+    def loss(params, batch, key):
+        logits = model.forward(params, batch, key).logits
+        weight = batch["weight"]
+        if kind == "generation":
+            targets, weight = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:] * weight[:, None]
+            each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
+        elif kind == "classification":
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
+        else:
+            each = jnp.square(logits[:, 0] - batch["labels"])
+        return (each * weight).sum(), weight.sum()
+
+    return loss
+
+
+class Evaluator:
+    """Scores resolved parameters of one problem; its functions compile once for each length."""
+
+    def __init__(self, problem: Problem):
+        self.problem = problem
+        task, model, tokenizer = problem.task, problem.model, problem.tokenizer
+        loss = objective(problem)
+
+        def dev(params, batch):
+            logits = model.forward(params, batch).logits if task.kind != "generation" else None
+            return loss(params, batch, None), logits
+
+        self._dev = jax.jit(dev)
+        if task.kind == "generation":
+            self._generate = greedy(model, problem.max_new_tokens, tokenizer.eos_token_id, problem.pad_id)
+
+    def loss(self, params: Tree) -> dict[str, float]:
+        """{'loss': mean over the dev examples}; quick, for choosing the best step of a generation task."""
+        return self._walk(params)[0]
+
+    def scores(self, params: Tree) -> dict[str, float]:
+        """Loss and the task's metrics; of a generation task, on greedy outputs."""
+        if self.problem.task.kind == "generation":
+            texts = self.generate(params)
+            references = [e.references for e in self.problem.prompts]
+            return self.loss(params) | score(self.problem.task.metrics, texts, references)
+        loss, logits = self._walk(params)
+        predictions = logits[:, 0] if self.problem.task.kind == "regression" else logits.argmax(-1)
+        labels = [e.label for e in self.problem.dev]
+        return loss | score(self.problem.task.metrics, predictions.tolist(), labels)
+
+    def _walk(self, params):
+        p = self.problem
+        total, weight, logits = 0.0, 0.0, {}
+        for batch in data.batches(p.dev, EVAL_BATCH, p.buckets, pad_id=p.pad_id):
+            (part, part_weight), out = self._dev(params, batch)
+            total, weight = total + float(part), weight + float(part_weight)
+            if out is not None:
+                logits.update((i, row) for i, row in zip(batch["index"].tolist(), np.asarray(out), strict=True) if i >= 0)
+        return {"loss": total / weight}, np.array([logits[i] for i in range(len(logits))])
+
+    def generate(self, params: Tree) -> list[str]:
+        """Greedy continuations of the problem's prompts, in their order."""
+        p = self.problem
+        buckets = data.bucket_lengths([len(e.input_ids) for e in p.prompts], 3)
+        texts: dict[int, str] = {}
+        for batch in data.batches(p.prompts, EVAL_BATCH, buckets, pad_id=p.pad_id, side="left"):
+            tokens = np.asarray(self._generate(params, batch["input_ids"], batch["attention_mask"]))
+            decoded = p.tokenizer.batch_decode(_until_end(tokens, p.tokenizer.eos_token_id), skip_special_tokens=True)
+            texts.update((i, t.strip()) for i, t in zip(batch["index"].tolist(), decoded, strict=True) if i >= 0)
+        return [texts[i] for i in range(len(texts))]
+
+
+def _until_end(tokens: np.ndarray, eos_id: int) -> list[list[int]]:
+    rows = [row.tolist() for row in tokens]
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]

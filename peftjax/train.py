@@ -1,0 +1,378 @@
+"""Training: one loop that differentiates and optimises the trainable partition only."""
+
+import dataclasses
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from .checkpoint import StateFolder, write_atomically
+from .layout import stack_layers
+from .methods import Method
+from .tree import Tree, cast, combine, count, map_with_path, partition
+
+Objective = Callable[[Tree, dict, jax.Array], tuple[jax.Array, jax.Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How one run trains. Everything random follows from `seed`."""
+
+    epochs: int = 3
+    steps: int | None = None  # instead of epochs
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    schedule: Literal["linear", "cosine", "constant"] = "linear"  # how the rate falls after the warm-up
+    warmup: float = 0.06  # share of the steps in which the rate rises from 0
+    weight_decay: float = 0.01  # AdamW's; biases and norms are spared
+    clip: float | None = 1.0  # global norm of the trainables' gradient
+    accumulate: int = 1  # parts into which a batch is split, one after another
+    seed: int = 0
+    eval_every: int | None = None  # steps; None: at the end of each epoch
+    save_every: int = 200  # steps between training states
+    layout: Literal["loop", "scan"] = "loop"
+
+    def __post_init__(self):
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate={self.accumulate} parts")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is a share of the steps, between 0 and 1; got {self.warmup}")
+        for name in ("epochs", "batch_size", "accumulate", "save_every", "steps", "eval_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+
+
+class TrainState(NamedTuple):
+    """What changes from step to step.
+
+    Attributes:
+      step: steps taken.
+      trainable: the trainable partition, with holes.
+      opt_state: of the optimizer; nothing in it belongs to a frozen leaf.
+      finite: False from the first non-finite loss or gradient on; the state then stays as it was before.
+    """
+
+    step: jax.Array
+    trainable: Tree
+    opt_state: Any
+    finite: jax.Array
+
+
+class NonFinite(ArithmeticError):
+    """The loss or the gradient stopped being finite; the message says where and what came before."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was interrupted; its state is saved and the message says how to resume."""
+
+
+def schedule(settings: Settings, total: int) -> optax.Schedule:
+    """The learning rate by step: a linear rise over the warm-up, then the named decay to 0."""
+    rise = round(settings.warmup * total)
+    peak, rest = settings.learning_rate, max(total - rise, 1)
+    falls = {
+        "linear": optax.linear_schedule(peak, 0.0, rest),
+        "cosine": optax.cosine_decay_schedule(peak, rest),
+        "constant": optax.constant_schedule(peak),
+    }
+    if settings.schedule not in falls:
+        raise ValueError(f"there is no schedule {settings.schedule!r}; there are {sorted(falls)}")
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(rise, 1)), falls[settings.schedule]], [rise])
+
+
+def decays(trainable: Tree) -> Tree:
+    """The mask of weight decay: all leaves but biases and the scales of norms."""
+    return map_with_path(lambda path, _: re.search(r"(^|/)(bias|scale)(/|$)", path) is None, trainable)
+
+
+def make_optimizer(settings: Settings, total: int, method: Method) -> optax.GradientTransformationExtraArgs:
+    """AdamW with clipping and the schedule, wrapped by the method."""
+    adamw = optax.adamw(schedule(settings, total), weight_decay=settings.weight_decay, mask=decays)
+    clip = optax.identity() if settings.clip is None else optax.clip_by_global_norm(settings.clip)
+    return optax.with_extra_args_support(method.optimizer(optax.chain(clip, adamw)))
+
+
+def make_step(objective: Objective, method: Method, tx: optax.GradientTransformationExtraArgs, accumulate: int = 1):
+    """The training step `(state, frozen, batch, key) -> (state, {'loss', 'grad_norm'})`, to be jitted.
+
+    The loss is the objective's sum over its weight, over the whole batch, plus the method's penalty; split
+    into `accumulate` parts it is the same number.
+    """
+
+    def part(trainable, frozen, batch, key):
+        resolve_key, model_key = jax.random.split(key)
+        params = method.resolve(combine(trainable, frozen), resolve_key)
+        return objective(params, batch, model_key)
+
+    gradient = jax.value_and_grad(part, has_aux=True)
+    penalty = jax.value_and_grad(lambda t, f: jnp.asarray(method.penalty(combine(t, f)), jnp.float32))
+
+    def step(state: TrainState, frozen: Tree, batch: dict, key: jax.Array):
+        key = jax.random.fold_in(key, state.step)
+        if accumulate == 1:
+            (total, weight), grads = gradient(state.trainable, frozen, batch, key)
+        else:
+            parts = jax.tree.map(lambda x: x.reshape(accumulate, -1, *x.shape[1:]), batch)
+
+            def add(carry, xs):
+                (total, weight), grads = gradient(state.trainable, frozen, xs[0], xs[1])
+                return jax.tree.map(jnp.add, carry, (total, weight, grads)), None
+
+            zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+            (total, weight, grads), _ = jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))
+        weight = jnp.maximum(weight, 1e-6)
+        extra, extra_grads = penalty(state.trainable, frozen)
+        loss = total / weight + extra
+        grads = jax.tree.map(lambda g, e: g / weight + e, grads, extra_grads)
+        norm = optax.global_norm(grads)
+        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, key=key, step=state.step)
+        trainable = optax.apply_updates(state.trainable, updates)
+        new = TrainState(state.step + 1, trainable, opt_state, finite)
+        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state._replace(finite=finite))
+        return kept, {"loss": loss, "grad_norm": norm}
+
+    return step
+
+
+class Fitted(NamedTuple):
+    """What a run leaves.
+
+    Attributes:
+      params: the adapted parameters with the best trainables, in the run's layout.
+      history: one record a step (`loss`, `grad_norm`) and one an evaluation (`eval`).
+      best: the record of the best evaluation; None if there was none.
+      trainable: number of trained scalars.
+      peak_bytes: of the compiled step: arguments, outputs and temporaries, largest over the shapes.
+      step_seconds: median, without compilation.
+      compilations: number of compiled steps.
+      seconds: of the loop, compilation included, of this process.
+    """
+
+    params: Tree
+    history: list[dict]
+    best: dict | None
+    trainable: int
+    peak_bytes: int
+    step_seconds: float
+    compilations: int
+    seconds: float
+
+
+def start(method: Method, params: Tree, tx: Any, layout: str = "loop") -> tuple[TrainState, Tree]:
+    """The first state and the frozen partition of adapted, per-layer parameters.
+
+    Trainables are copied to float32: they are donated to the step, and a selective method's trainables are
+    the base's own arrays.
+    """
+    params = stack_layers(params) if layout == "scan" else params
+    trainable, frozen = partition(params, method.trainable(params))
+    trainable = jax.tree.map(lambda x: jnp.array(x, copy=True), cast(trainable, jnp.float32))
+    state = TrainState(jnp.int32(0), trainable, tx.init(trainable), jnp.bool_(True))
+    return state, frozen
+
+
+def fit(
+    params: Tree,
+    method: Method,
+    objective: Objective,
+    epoch: Callable[[int], Iterator[dict]],
+    steps_per_epoch: int,
+    settings: Settings,
+    *,
+    evaluate: Callable[[Tree], dict] | None = None,
+    better: Callable[[dict, dict], bool] = lambda new, old: new["loss"] < old["loss"],
+    folder: str | Path | None = None,
+    resume_hint: str = "run the same command again",
+    report: Callable[[dict], None] = lambda record: None,
+) -> Fitted:
+    """Trains a method and keeps its best state.
+
+    Args:
+      params: adapted parameters, per-layer.
+      objective: (params, batch, key) -> (sum of losses, sum of weights).
+      epoch: number -> its batches, a function of nothing else, so that a run can resume anywhere.
+      evaluate: resolved params -> scores; called at the end of each epoch, or every `eval_every` steps.
+      better: (new scores, best scores) -> whether to keep the new ones.
+      folder: where training states and the log go; a run with the same folder resumes from the newest.
+      report: called with every record; `time_left`, `tokens_per_second` in seconds and tokens are added.
+
+    Raises:
+      NonFinite: with the step and the last finite values; the state before it is saved.
+      Interrupted: on Ctrl-C, after saving the state.
+    """
+    began = time.perf_counter()
+    total = settings.steps or settings.epochs * steps_per_epoch
+    tx = make_optimizer(settings, total, method)
+    state, frozen = start(method, params, tx, settings.layout)
+    best_trainable, best = jax.tree.map(jnp.copy, state.trainable), None
+    log = _Log(folder)
+    states = None if folder is None else StateFolder(Path(folder) / "state")
+    if states is not None and (step := states.latest()) is not None:
+        (state, best_trainable), meta = states.restore(step, (state, best_trainable))
+        state, best_trainable = jax.tree.map(jnp.asarray, (state, best_trainable))
+        best = meta["best"]
+        log.keep(step)
+    key = jax.random.key(settings.seed)
+    compiled = _Compiled(make_step(objective, method, tx, settings.accumulate))
+    resolved = jax.jit(lambda t, f: method.resolve(combine(t, f), None))
+    done = int(state.step)
+
+    def save():
+        if states is not None:
+            states.save(done, (state, best_trainable), {"best": best})
+
+    pending, times = None, []
+    clock = time.perf_counter()
+    with _Interrupts() as interrupts:
+        for batch in _from_step(epoch, steps_per_epoch, done, total):
+            run, compiling = compiled.get(state, frozen, batch, key)
+            state, metrics = run(state, frozen, batch, key)
+            done += 1
+            if pending is not None:  # the previous step's numbers, read while this one runs
+                _note(log, pending, method, save, report)
+                now = time.perf_counter()
+                if not compiling:
+                    times.append(now - clock)
+                clock = now
+            left = (total - done) * (float(np.median(times[-20:])) if times else 0.0)
+            tokens = int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else 0
+            pending = (done, metrics, {"time_left": left, "tokens": tokens, "total": total})
+            at_end = done == total
+            due = done % (settings.eval_every or steps_per_epoch) == 0 or at_end
+            if due or done % settings.save_every == 0 or interrupts.seen:
+                _note(log, pending, method, save, report)
+                pending = None
+            if due and evaluate is not None:
+                scores = evaluate(resolved(state.trainable, frozen))
+                record = {"step": done, "eval": scores}
+                log.add(record)
+                report(record)
+                if best is None or better(scores, best["eval"]):
+                    best, best_trainable = record, jax.tree.map(jnp.copy, state.trainable)
+            if due or done % settings.save_every == 0 or interrupts.seen:
+                save()
+                clock = time.perf_counter()
+            if interrupts.seen and not at_end:
+                where = f"its state is saved in {folder}; to resume, {resume_hint}" if folder else "nothing was saved"
+                raise Interrupted(f"interrupted after step {done} of {total}; {where}")
+    if states is not None:
+        states.close()
+    if best is None:
+        best_trainable = state.trainable
+    return Fitted(
+        params=combine(best_trainable, frozen),
+        history=log.records,
+        best=best,
+        trainable=count(state.trainable),
+        peak_bytes=compiled.peak_bytes,
+        step_seconds=float(np.median(times)) if times else float("nan"),
+        compilations=len(compiled.steps),
+        seconds=time.perf_counter() - began,
+    )
+
+
+def _from_step(epoch, steps_per_epoch, first, total) -> Iterator[dict]:
+    """The batches from step `first` on, as if the epochs before had been walked through."""
+    done = first
+    while done < total:
+        number, skip = divmod(done, steps_per_epoch)
+        for i, batch in enumerate(epoch(number)):
+            if i >= skip and done < total:
+                yield batch
+                done += 1
+
+
+def _note(log, pending, method, save, report) -> None:
+    step, metrics, extra = pending
+    record = {"step": step, "loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
+    if not (np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"])):
+        before = next((r for r in reversed(log.records) if "loss" in r), None)
+        names = "+".join(name for name, _ in method.spec)
+        save()
+        raise NonFinite(
+            f"{names}: at step {step} the loss is {record['loss']} and the gradient's norm {record['grad_norm']}; "
+            f"the last finite ones were {before or 'none'}. The state before that step is kept; "
+            "try a smaller learning rate, a longer warm-up or clipping"
+        )
+    log.add(record)
+    report({**record, **extra})
+
+
+class _Compiled:
+    """One compiled step for each shape of batch, with its memory plan."""
+
+    def __init__(self, step):
+        self.jitted = jax.jit(step, donate_argnums=0)
+        self.steps: dict[Any, Any] = {}
+        self.peak_bytes = 0
+
+    def get(self, state, frozen, batch, key):
+        shape = tuple((k, v.shape) for k, v in sorted(batch.items()))
+        new = shape not in self.steps
+        if new:
+            self.steps[shape] = self.jitted.lower(state, frozen, batch, key).compile()
+            plan = self.steps[shape].memory_analysis()
+            if plan is not None:
+                arguments = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+                self.peak_bytes = max(self.peak_bytes, arguments + plan.temp_size_in_bytes)
+        return self.steps[shape], new
+
+
+class _Log:
+    """The records of a run, also as JSON lines in the run's folder."""
+
+    def __init__(self, folder: str | Path | None):
+        self.file = None if folder is None else Path(folder) / "log.jsonl"
+        self.records: list[dict] = []
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+
+    def keep(self, step: int) -> None:
+        """Takes up the records up to a step; those that a kill left half written are dropped."""
+        if self.file is not None and self.file.is_file():
+            for line in self.file.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:
+                    break
+                if record["step"] <= step:
+                    self.records.append(record)
+            write_atomically(self.file, "".join(json.dumps(r) + "\n" for r in self.records))
+
+    def add(self, record: dict) -> None:
+        self.records.append(record)
+        if self.file is not None:
+            with self.file.open("a") as f:
+                f.write(json.dumps(record) + "\n")
+
+
+class _Interrupts:
+    """Turns the first Ctrl-C into a request to stop after the step; a second one acts at once."""
+
+    def __enter__(self):
+        self.seen = False
+        self.old = {}
+        if threading.current_thread() is threading.main_thread():
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self.old[s] = signal.signal(s, self._note)
+        return self
+
+    def _note(self, number, frame):
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+
+    def __exit__(self, *_):
+        for s, handler in self.old.items():
+            signal.signal(s, handler)
