@@ -43,7 +43,9 @@ class Adapter(NamedTuple):
     header: dict
 
 
-def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, extra: dict | None = None) -> int:
+def save_adapter(
+    file: str | Path, model: Model, method: Method, params: Tree, extra: dict | None = None
+) -> int:
     """Writes the adapter file, whole or not at all, and returns its size in bytes.
 
     Args:
@@ -167,7 +169,9 @@ def _describe(path: str, n: Any, saved: dict[str, bool]) -> dict:
             return SAVED
         if name == "base":
             return BASE
-        raise ValueError(f"the method does not save {here}, and it is not the base's; the file could not be loaded")
+        raise ValueError(
+            f"the method does not save {here}, and it is not the base's; the file could not be loaded"
+        )
 
     fields = {name: field(name, getattr(n, name)) for name in data_fields(n)}
     return {"class": type(n).__name__, "static": static_fields(n), "fields": fields}
@@ -189,7 +193,9 @@ def _rebuild(file, path: str, description: dict, tensors: dict, base: Tree, base
         )
     unknown = {*description["fields"], *description["static"]} ^ {f.name for f in dataclasses.fields(cls)}
     if unknown:
-        raise ValueError(f"{file}: {path}: the fields {sorted(unknown)} of {cls.__name__} differ from the file's")
+        raise ValueError(
+            f"{file}: {path}: the fields {sorted(unknown)} of {cls.__name__} differ from the file's"
+        )
     values = {k: _tuples(v) for k, v in description["static"].items()}
     for name, d in description["fields"].items():
         here = f"{path}/{name}"
@@ -229,7 +235,9 @@ class StateFolder:
             return
         arrays = {f"{i:05d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         args = self._ocp.args
-        self._manager.save(step, args=args.Composite(state=args.StandardSave(arrays), meta=args.JsonSave(meta)))
+        self._manager.save(
+            step, args=args.Composite(state=args.StandardSave(arrays), meta=args.JsonSave(meta))
+        )
 
     def restore(self, step: int, template: Tree) -> tuple[Tree, dict]:
         """The state of a step in the template's structure, and its JSON.

@@ -1,5 +1,6 @@
 """Hugging Face folders and hub names <-> models: strict both ways, safetensors only, tied stays tied."""
 
+import copy
 import hashlib
 import json
 import re
@@ -18,7 +19,7 @@ from .methods.base import Site
 from .models import FAMILIES, Family
 from .models.base import hf_name, read_config
 from .models.layers import Output
-from .tree import Tree, flatten, update
+from .tree import Tree, flatten, get, update
 from .weights import merge
 
 TASKS = {  # what the model is for -> (head, end of the architecture's name)
@@ -27,6 +28,7 @@ TASKS = {  # what the model is for -> (head, end of the architecture's name)
     "encoder": ("none", "Model"),
 }
 SHARD_BYTES = 5 * 10**9
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 class Model(NamedTuple):
@@ -91,13 +93,18 @@ def load(
         wrong shapes (all of them in one message), a pickle.
     """
     folder = find_folder(name, revision)
-    files = _tensor_files(folder)
     hf_config = _read_hf_config(folder, labels)
     model = _describe(hf_config, task, dtype, remat, folder)
-    params, missing = _read_params(model, files, fresh_head, param_dtype)
+    params, missing = _read_params(model, _tensor_files(folder), fresh_head, param_dtype)
     if missing:
         params = update(params, _draw(model, missing, seed, param_dtype))
     return model._replace(params=params, fresh=tuple(missing))
+
+
+def redraw(model: Model, seed: int) -> Model:
+    """The model with the parameters that no file held, its new task head, drawn from another seed."""
+    dtype = get(model.params, model.fresh[0]).dtype
+    return model._replace(params=update(model.params, _draw(model, list(model.fresh), seed, dtype)))
 
 
 def from_config(
@@ -117,6 +124,7 @@ def from_config(
     >>> count(model.params)
     109482240
     """
+    hf_config = copy.deepcopy(hf_config)  # the caller's stays as it is
     if labels is not None:
         _set_labels(hf_config, labels)
     model = _describe(hf_config, task, dtype, remat, type(hf_config).__name__)
@@ -131,7 +139,9 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or path.exists():
-        raise FileNotFoundError(f"{name} is no folder; write the folder that holds config.json, or a hub name")
+        raise FileNotFoundError(
+            f"{name} is no folder; write the folder that holds config.json, or a hub name"
+        )
     import huggingface_hub
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -155,7 +165,9 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
         raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load: {e}") from e
 
 
-def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, param_dtype: Any = None) -> Path:
+def save(
+    model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, param_dtype: Any = None
+) -> Path:
     """Writes merged parameters as a folder that transformers loads; tensors above 5 GB are sharded.
 
     Args:
@@ -163,16 +175,25 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
       param_dtype: of the file; default: each array's own.
 
     Raises:
-      ValueError: a node cannot be merged (a prefix, say), or a parameter has no place in the model (a bias
-        where the architecture has none).
+      ValueError: a node cannot be merged (a prefix, say), a parameter has no place in the model (a bias
+        where the architecture has none), or one is missing or of another shape.
     """
     folder = Path(folder)
     expected = flatten(_shapes(model))
     merged = flatten(merge(unstack_layers(params)))
+    architecture = model.hf_config.architectures[0]
     if extra := sorted(set(merged) - set(expected)):
         raise ValueError(
-            f"{model.hf_config.architectures[0]} has no place for {extra[:5]}{' ...' if len(extra) > 5 else ''} "
+            f"{architecture} has no place for {extra[:5]}{' ...' if len(extra) > 5 else ''} "
             f"({len(extra)} parameters); keep them as an adapter file"
+        )
+    if bad := [p for p, x in expected.items() if p not in merged or merged[p].shape != x.shape]:
+        raise ValueError(
+            f"{architecture} needs other parameters than these: "
+            + "; ".join(
+                f"{p} {merged[p].shape if p in merged else 'missing'}, expected {expected[p].shape}"
+                for p in bad
+            )
         )
     tensors = {}
     for path, x in merged.items():
@@ -183,7 +204,9 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
             name = name.removeprefix(model.family.base + ".")
         tensors[name] = np.ascontiguousarray(array)
     folder.mkdir(parents=True, exist_ok=True)
-    model.hf_config.save_pretrained(folder)
+    config = copy.deepcopy(model.hf_config)
+    config.dtype = jnp.result_type(*tensors.values()).name  # transformers loads in the dtype named here
+    config.save_pretrained(folder)
     _write_tensors(folder, tensors)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -211,18 +234,25 @@ def _read_hf_config(folder: Path, labels: int | list[str] | None) -> Any:
 
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(f"{folder} has no config.json; write the folder of a model in Hugging Face's layout")
+        raise FileNotFoundError(
+            f"{folder} has no config.json; write the folder of a model in Hugging Face's layout"
+        )
     try:
         raw = json.loads(file.read_text())
     except json.JSONDecodeError as e:
         raise ValueError(f"{file} is no JSON: {e}") from e
+    if not isinstance(raw, dict):
+        raise ValueError(f"{file} holds a {type(raw).__name__}; expected an object of config keys")
     if "auto_map" in raw:
         raise ValueError(f"{file} asks for remote code (auto_map); peftjax runs none")
     if raw.get("model_type") not in FAMILIES:
         raise ValueError(
             f"{file} is of model type {raw.get('model_type')!r}; peftjax has the families {sorted(FAMILIES)}"
         )
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except Exception as e:  # KeyError, TypeError, huggingface_hub's own and others, by the key at fault
+        raise ValueError(f"transformers refuses {file}: {e}") from e
     if labels is not None:
         _set_labels(config, labels)
     return config
@@ -237,7 +267,9 @@ def _set_labels(config: Any, labels: int | list[str]) -> None:
 def _describe(hf_config: Any, task: str | None, dtype: Any, remat: bool, where: Any) -> Model:
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
-        raise ValueError(f"{where}: model type {hf_config.model_type!r}; peftjax has the families {sorted(FAMILIES)}")
+        raise ValueError(
+            f"{where}: model type {hf_config.model_type!r}; peftjax has the families {sorted(FAMILIES)}"
+        )
     architecture = (hf_config.architectures or [None])[0]
     if task is not None:
         if task not in TASKS:
@@ -245,8 +277,10 @@ def _describe(hf_config: Any, task: str | None, dtype: Any, remat: bool, where: 
         _, ending = TASKS[task]
         architecture = next((a for a in family.heads if a.endswith(ending)), None)
         if architecture is None:
-            raise ValueError(f"{family.name} models have no head for {task!r}; they have {sorted(family.heads)}")
-    if architecture not in family.heads:
+            raise ValueError(
+                f"{family.name} models have no head for {task!r}; they have {sorted(family.heads)}"
+            )
+    if architecture is None or architecture not in family.heads:
         raise ValueError(
             f"{where}: the architecture {architecture!r} is unknown; of {family.name}, peftjax has "
             f"{sorted(family.heads)}; name one in config.json or say what the model is for with task="
@@ -274,24 +308,26 @@ def _draw(model: Model, paths: list[str], seed: int, dtype: Any) -> dict[str, ja
 
 
 def _tensor_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
+    single, index = folder / WEIGHTS, folder / INDEX
+    if single.is_file():  # first, as transformers has it
+        return [single]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        outside = [n for n in names if (folder / n).resolve().parent != folder.resolve() and not (folder / n).is_symlink()]
-        if outside:
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+            raise ValueError(f"{index} is no index of shards: expected an object with 'weight_map'") from e
+        if outside := [n for n in names if Path(n).name != n]:
             raise ValueError(f"{index} lists files outside the folder: {outside}")
         if missing := [n for n in names if not (folder / n).is_file()]:
             raise FileNotFoundError(f"{index} lists shards that are not there: {missing}")
         return [folder / n for n in names]
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
     pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
     if pickles:
         raise ValueError(
             f"{folder} has weights only as {pickles}: a pickle can run any code when read, so it is refused; "
             "convert it with transformers' save_pretrained, which writes safetensors"
         )
-    raise FileNotFoundError(f"{folder} holds no model.safetensors and no model.safetensors.index.json")
+    raise FileNotFoundError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
 
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Any]]:
@@ -317,7 +353,7 @@ def _read_params(model: Model, files: list[Path], fresh_head: bool, dtype: Any) 
     tied_name = "lm_head.weight" if any(s.tied for s in model.sites) else None
     names = [name for name, _ in _tensors(files)]
     bare = not any(n.startswith(family.base + ".") for n in names)
-    found, extra, wrong = {}, [], []
+    found, extra, wrong = {}, [], {}
     for name, f in _tensors(files):
         full = name
         for pattern, replacement in family.renames:
@@ -330,29 +366,41 @@ def _read_params(model: Model, files: list[Path], fresh_head: bool, dtype: Any) 
                 _check_tied(model, name, f, files)
             elif not any(re.fullmatch(p, name) for p in family.unused):
                 extra.append(name)
+        elif path in found or path in wrong:
+            extra.append(f"{name} (a second tensor for {path})")
         elif not (fresh_head and path in optional):
             shape = tuple(f.get_slice(name).get_shape())
-            wanted = shapes[path].shape
-            if shape != (wanted[::-1] if family.transposed(path) else wanted):
-                wrong.append(f"{name} {shape}, expected {wanted[::-1] if family.transposed(path) else wanted}")
+            wanted = shapes[path].shape[::-1] if family.transposed(path) else shapes[path].shape
+            if shape != wanted:
+                wrong[path] = f"{name} {shape}, expected {wanted}"
             else:
                 x = f.get_tensor(name)
                 found[path] = (x.T if family.transposed(path) else x).astype(dtype)
     missing = [p for p in shapes if p not in found]
-    absent = [hf_name(p) for p in missing if p not in optional and not any(w.startswith(hf_name(p) + " ") for w in wrong)]
-    problems = [("missing", absent), ("not known to the model", extra), ("of a wrong shape", wrong)]
+    excused = (
+        optional if optional.isdisjoint([*found, *wrong]) else set()
+    )  # a head is there whole or not at all
+    absent = [hf_name(p) for p in missing if p not in excused and p not in wrong]
+    problems = [("missing", absent), ("not known to the model", extra), ("of a wrong shape", wrong.values())]
     if any(rows for _, rows in problems):
         said = "; ".join(f"{what}: {', '.join(sorted(rows))}" for what, rows in problems if rows)
-        hint = "; for a new task head of another size write fresh_head=True" if wrong and heads else ""
-        raise ValueError(f"the tensors in {files[0].parent} do not fit {model.hf_config.architectures[0]}: {said}{hint}")
+        unfit = not optional.isdisjoint(wrong)
+        hint = "; for a new task head of another size write fresh_head=True" if unfit else ""
+        raise ValueError(
+            f"the tensors in {files[0].parent} do not fit {model.hf_config.architectures[0]}: {said}{hint}"
+        )
     return update({}, found), missing
 
 
 def _check_tied(model: Model, name: str, f: Any, files: list[Path]) -> None:
     table = next(hf_name(s.path) for s in model.sites if s.tied)
     twin = next((g.get_tensor(n) for n, g in _tensors(files) if n in (table, table.partition(".")[2])), None)
-    if twin is None or not jnp.array_equal(f.get_tensor(name), twin):
-        raise ValueError(f"the config ties {name} to {table}, but the files hold two different tensors for them")
+    if twin is not None and not jnp.array_equal(
+        f.get_tensor(name), twin
+    ):  # without one, the table is missing
+        raise ValueError(
+            f"the config ties {name} to {table}, but the files hold two different tensors for them"
+        )
 
 
 def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -363,9 +411,13 @@ def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
             size = 0
         shards[-1][name] = x
         size += x.nbytes
+    for stale in (folder / WEIGHTS, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
+        stale.unlink(
+            missing_ok=True
+        )  # of an earlier save in other shards: a reader could take it for this one
     meta = {"format": "pt"}
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata=meta)
+        save_file(shards[0], folder / WEIGHTS, metadata=meta)
         return
     where = {}
     for i, shard in enumerate(shards):
@@ -374,4 +426,4 @@ def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
         where.update(dict.fromkeys(shard, file))
     total = sum(x.nbytes for x in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True))
+    (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))

@@ -50,9 +50,7 @@ class Problem(NamedTuple):
     def epoch(self, number: int, batch_size: int, seed: int) -> Iterator[dict]:
         """The shuffled training batches of an epoch."""
         pad = self.pad_id
-        return data.batches(
-            self.train, batch_size, self.buckets, pad_id=pad, shuffle_seed=seed, epoch=number
-        )
+        return data.batches(self.train, batch_size, self.buckets, pad_id=pad, shuffle_seed=seed, epoch=number)
 
     def steps_per_epoch(self, batch_size: int) -> int:
         return len(data.plan(self.train, batch_size, self.buckets))
@@ -74,7 +72,7 @@ def prepare(
     eval_split: str = "dev",
     train_limit: int | None = None,
     eval_limit: int | None = None,
-    reserve: int = 0,
+    reserve: Callable[[Model], int] = lambda model: 0,
     max_length: int | None = None,
     max_buckets: int = 3,
     need_train: bool = True,
@@ -88,7 +86,7 @@ def prepare(
       source: folder of the data, or a Hugging Face data set; default: the task's.
       eval_split: 'dev' or 'test'.
       train_limit, eval_limit: use the first so many rows (of a generation task: inputs to be scored).
-      reserve: positions that the methods take before the text (`virtual_tokens`).
+      reserve: model -> positions that the methods take before the text (`virtual_tokens`).
       max_length: of a text in tokens; default: the task's, or what the model has room for.
       max_buckets: number of lengths that batches are padded to.
       need_train: False leaves the training examples out (the labels may still come from them).
@@ -108,7 +106,7 @@ def prepare(
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
     tokenizer = hub.load_tokenizer(model_name)
     model = hub.load(model_name, purpose, labels=labels, **load)
-    room = model.max_length - reserve
+    room = model.max_length - reserve(model)
     limit = min(max_length or task.max_length, room)
     notes = []
 
@@ -116,7 +114,9 @@ def prepare(
         encoded = data.encode(task, rows, tokenizer, task.labels, kwargs.pop("limit", limit), **kwargs)
         if encoded.truncated:
             notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {limit} tokens")
-        if "type_vocab_size" not in model.config._fields:  # some tokenizers give token types to models without
+        if (
+            "type_vocab_size" not in model.config._fields
+        ):  # some tokenizers give token types to models without
             return [e._replace(type_ids=None) for e in encoded.examples]
         return encoded.examples
 
@@ -188,10 +188,10 @@ class Evaluator:
         """{'loss': mean over the dev examples}; quick, for choosing the best step of a generation task."""
         return self._walk(params)[0]
 
-    def scores(self, params: Tree) -> dict[str, float]:
-        """Loss and the task's metrics; of a generation task, on greedy outputs."""
+    def scores(self, params: Tree, texts: list[str] | None = None) -> dict[str, float]:
+        """Loss and the task's metrics; of a generation task, on greedy outputs (`texts`, if they are there)."""
         if self.problem.task.kind == "generation":
-            texts = self.generate(params)
+            texts = texts or self.generate(params)
             references = [e.references for e in self.problem.prompts]
             return self.loss(params) | score(self.problem.task.metrics, texts, references)
         loss, logits = self._walk(params)
@@ -206,7 +206,11 @@ class Evaluator:
             (part, part_weight), out = self._dev(params, batch)
             total, weight = total + float(part), weight + float(part_weight)
             if out is not None:
-                logits.update((i, row) for i, row in zip(batch["index"].tolist(), np.asarray(out), strict=True) if i >= 0)
+                logits.update(
+                    (i, row)
+                    for i, row in zip(batch["index"].tolist(), np.asarray(out), strict=True)
+                    if i >= 0
+                )
         return {"loss": total / weight}, np.array([logits[i] for i in range(len(logits))])
 
     def generate(self, params: Tree) -> list[str]:
@@ -216,8 +220,12 @@ class Evaluator:
         texts: dict[int, str] = {}
         for batch in data.batches(p.prompts, EVAL_BATCH, buckets, pad_id=p.pad_id, side="left"):
             tokens = np.asarray(self._generate(params, batch["input_ids"], batch["attention_mask"]))
-            decoded = p.tokenizer.batch_decode(_until_end(tokens, p.tokenizer.eos_token_id), skip_special_tokens=True)
-            texts.update((i, t.strip()) for i, t in zip(batch["index"].tolist(), decoded, strict=True) if i >= 0)
+            decoded = p.tokenizer.batch_decode(
+                _until_end(tokens, p.tokenizer.eos_token_id), skip_special_tokens=True
+            )
+            texts.update(
+                (i, t.strip()) for i, t in zip(batch["index"].tolist(), decoded, strict=True) if i >= 0
+            )
         return [texts[i] for i in range(len(texts))]
 
 

@@ -43,7 +43,9 @@ class Settings:
 
     def __post_init__(self):
         if self.batch_size % self.accumulate:
-            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate={self.accumulate} parts")
+            raise ValueError(
+                f"batch_size {self.batch_size} does not divide into accumulate={self.accumulate} parts"
+            )
         if not 0 <= self.warmup <= 1:
             raise ValueError(f"warmup is a share of the steps, between 0 and 1; got {self.warmup}")
         for name in ("epochs", "batch_size", "accumulate", "save_every", "steps", "eval_every"):
@@ -87,7 +89,9 @@ def schedule(settings: Settings, total: int) -> optax.Schedule:
     }
     if settings.schedule not in falls:
         raise ValueError(f"there is no schedule {settings.schedule!r}; there are {sorted(falls)}")
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(rise, 1)), falls[settings.schedule]], [rise])
+    return optax.join_schedules(
+        [optax.linear_schedule(0.0, peak, max(rise, 1)), falls[settings.schedule]], [rise]
+    )
 
 
 def decays(trainable: Tree) -> Tree:
@@ -102,7 +106,9 @@ def make_optimizer(settings: Settings, total: int, method: Method) -> optax.Grad
     return optax.with_extra_args_support(method.optimizer(optax.chain(clip, adamw)))
 
 
-def make_step(objective: Objective, method: Method, tx: optax.GradientTransformationExtraArgs, accumulate: int = 1):
+def make_step(
+    objective: Objective, method: Method, tx: optax.GradientTransformationExtraArgs, accumulate: int = 1
+):
     """The training step `(state, frozen, batch, key) -> (state, {'loss', 'grad_norm'})`, to be jitted.
 
     The loss is the objective's sum over its weight, over the whole batch, plus the method's penalty; split
@@ -264,7 +270,11 @@ def fit(
                 save()
                 clock = time.perf_counter()
             if interrupts.seen and not at_end:
-                where = f"its state is saved in {folder}; to resume, {resume_hint}" if folder else "nothing was saved"
+                where = (
+                    f"its state is saved in {folder}; to resume, {resume_hint}"
+                    if folder
+                    else "nothing was saved"
+                )
                 raise Interrupted(f"interrupted after step {done} of {total}; {where}")
     if states is not None:
         states.close()

@@ -1,7 +1,9 @@
 """Methods: one file each. `METHODS` maps the name of each to its factory."""
 
 import ast
+import inspect
 from collections.abc import Callable
+from typing import NamedTuple
 
 from .base import Method as Method
 from .base import Site as Site
@@ -15,13 +17,50 @@ from .head import head as head
 from .lora import lora as lora
 from .prefix import prefix as prefix
 
-METHODS: dict[str, Callable[..., Method]] = {
-    "full": full,
-    "head": head,
-    "bitfit": bitfit,
-    "lora": lora,
-    "prefix": prefix,
+
+class Row(NamedTuple):
+    """One line of the table of methods.
+
+    Attributes:
+      factory: (arguments) -> Method.
+      kind: 'additive', 'selective', 'low-rank', or '-' for the two ends of the scale.
+      trains: the count of trained scalars, as a formula. d: width, L: layers, r: rank, n: virtual tokens,
+        k: features of the keys.
+      acts: where.
+      merges: whether the result can be written as plain weights of the base.
+      rate: the default learning rate at width 768.
+      widens: whether that rate is taken times 768 / width: so for matrices under Adam, not for vectors
+        (Yang et al. 2022, arXiv:2203.03466, table 3).
+      paper: where it is defined.
+    """
+
+    factory: Callable[..., Method]
+    kind: str
+    trains: str
+    acts: str
+    merges: bool
+    rate: float
+    widens: bool
+    paper: str
+
+
+TABLE: dict[str, Row] = {
+    "full": Row(full, "-", "all", "everywhere", True, 5e-5, True, "-"),
+    "head": Row(head, "-", "(d + 1) labels", "task head", True, 1e-3, True, "-"),
+    "bitfit": Row(bitfit, "selective", "all biases", "biases", True, 3e-3, False, "arXiv:2106.10199"),
+    "lora": Row(
+        lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, True, "arXiv:2106.09685"
+    ),
+    "prefix": Row(prefix, "additive", "2 n L k", "attention", False, 1e-2, False, "arXiv:2101.00190"),
 }
+METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}
+
+
+def default_rate(method: Method, width: int) -> float:
+    """The default learning rate of a method: the largest that a part of it, the task head left out, asks for."""
+    rows = [TABLE[name] for name, _ in method.spec if name in TABLE]
+    rows = [r for r in rows if r.factory is not head] or rows
+    return max((r.rate * (768 / width if r.widens else 1) for r in rows), default=1e-3)
 
 
 def build(name: str, arguments: dict) -> Method:
@@ -35,8 +74,6 @@ def build(name: str, arguments: dict) -> Method:
     try:
         return METHODS[name](**arguments)
     except TypeError as e:
-        import inspect
-
         known = list(inspect.signature(METHODS[name]).parameters)
         raise ValueError(f"{name}: {e}; its arguments are {known}") from e
 

@@ -130,7 +130,7 @@ def lora(
         scale = _override(arguments["alpha_pattern"], site, r if alpha is None else alpha)
         scale = float(scale) / (math.sqrt(r) if rslora else r)  # a numpy scalar would promote bfloat16
         rows, columns = w.shape
-        if site.kind == "embedding":
+        if site.kind.startswith("embedding"):
             a, b = jnp.zeros((rows, r)), jax.random.normal(key, (r, columns))
         else:
             bound = 1 / math.sqrt(rows)

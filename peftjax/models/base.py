@@ -12,8 +12,8 @@ HARMLESS = frozenset(
     output_attentions output_hidden_states problem_type return_dict tokenizer_class transformers_version
     use_cache num_labels finetuning_task task_specific_params unsloth_version unsloth_fixed
     directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
-    pooler_type transformers.js_config
-    """.split()
+    pooler_type transformers.js_config max_sequence_length sentence_transformers
+    """.split()  # noqa: SIM905 - as a list it would take forty lines
 )
 
 
@@ -59,7 +59,9 @@ def hf_name(path: str) -> str:
     """
     *modules, leaf = path.split("/")
     modules = [re.sub(r"_(\d+)$", r".\1", m) for m in modules]
-    return ".".join([*modules, {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)])
+    return ".".join(
+        [*modules, {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)]
+    )
 
 
 def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
@@ -79,10 +81,12 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
                 bad.append(f"{key}={value!r} (supported: {family.fixed[key]!r})")
         elif key not in honoured and key not in HARMLESS:
             neutral = defaults.get(key) if key in defaults else None
-            if value != neutral and value not in (None, False):
+            if value != neutral and value is not None and value is not False and value not in ({}, []):
                 bad.append(f"{key}={value!r} (supported: {neutral!r})")
     if bad:
-        raise ValueError(f"this {family.name} config has values that the model does not honour: {'; '.join(sorted(bad))}")
+        raise ValueError(
+            f"this {family.name} config has values that the model does not honour: {'; '.join(sorted(bad))}"
+        )
     missing = honoured - set(values)
     if missing:
         raise ValueError(f"this {family.name} config lacks {sorted(missing)}")

@@ -227,7 +227,15 @@ def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> t
 
 
 def run_blocks(
-    parent: nn.Module, block: Callable, name: str, n: int, x: jax.Array, context: Context, cache: Any, *args, remat: bool
+    parent: nn.Module,
+    block: Callable,
+    name: str,
+    n: int,
+    x: jax.Array,
+    context: Context,
+    cache: Any,
+    *args,
+    remat: bool,
 ) -> tuple[jax.Array, Any]:
     """Runs n blocks `name_0 ...` one after another, or scans over `name_*` if that is what the tree holds.
 

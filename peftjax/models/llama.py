@@ -21,7 +21,7 @@ from .layers import (
     run_blocks,
     write_cache,
 )
-from .rope import ROPE_TYPES, rope_angles, rotate
+from .rope import ROPE_KEYS, ROPE_TYPES, rope_angles, rotate
 
 
 class Config(NamedTuple):
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         q = rotate(project("q_proj", c.num_attention_heads, x), cos, sin)
         k = rotate(project("k_proj", c.num_key_value_heads, x), cos, sin)
         v = project("v_proj", c.num_key_value_heads, x)
-        if cache is not None:
+        if cache is not None and context.index is not None:
             k, v = cache = write_cache(cache, k, v, context.index)
         k, v = hook(self, "prefix", (k, v), x=x, context=context)
         drop = c.attention_dropout
@@ -227,8 +227,12 @@ def sites(c: Config, head: str) -> tuple[Site, ...]:
 
 def _check(c: Config) -> None:
     rope = c.rope_parameters
+    if unknown := sorted(set(rope) - ROPE_KEYS):
+        raise ValueError(f"the rope parameters {unknown} are not known; known are {sorted(ROPE_KEYS)}")
     if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not supported; supported are {sorted(ROPE_TYPES)}")
+        raise ValueError(
+            f"rope_type {rope['rope_type']!r} is not supported; supported are {sorted(ROPE_TYPES)}"
+        )
     if rope["rope_type"] != "proportional" and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor other than 1 is supported for rope_type 'proportional' only")
     activation(c.hidden_act)
@@ -245,7 +249,7 @@ FAMILY = Family(
         "LlamaForCausalLM": "causal-lm",
         "LlamaForSequenceClassification": "classification",
     },
-    unused=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\..*", r"score\..*"),
+    unused=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight", r"score\.weight"),
     fixed={"pretraining_tp": 1},
     check=_check,
     cache_shape=lambda c: (c.num_hidden_layers, c.num_key_value_heads, c.head_dim),

@@ -88,6 +88,15 @@ def _proportional(p, dim, max_length):
     return np.pad(plain, (0, dim // 2 - pairs)) / p.get("factor", 1.0), 1.0
 
 
+# What `rope_parameters` may hold; transformers ignores keys that are another type's, and so do we.
+ROPE_KEYS = frozenset(
+    [
+        *("rope_type", "type", "rope_theta", "partial_rotary_factor", "finetuned"),
+        *("factor", "original_max_position_embeddings", "attention_factor"),
+        *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+        *("short_factor", "long_factor", "low_freq_factor", "high_freq_factor"),
+    ]
+)
 ROPE_TYPES: dict[str, Callable] = {
     "default": _default,
     "linear": _linear,
@@ -99,7 +108,9 @@ ROPE_TYPES: dict[str, Callable] = {
 }
 
 
-def rope_angles(parameters: Mapping, dim: int, max_length: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+def rope_angles(
+    parameters: Mapping, dim: int, max_length: int, positions: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation, times the attention scaling; float32, (batch, length, dim / 2).
 
     Args:

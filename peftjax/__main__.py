@@ -1,0 +1,5 @@
+"""Runs `python -m peftjax`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,295 @@
+"""The command `peftjax`: one verb each, no logic of its own.
+
+peftjax compare --model FOLDER --task rte --data FOLDER --methods head,bitfit,lora --out runs/rte
+"""
+
+import contextlib
+import dataclasses
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+console = Console()
+
+
+@dataclasses.dataclass
+class Base:
+    """The model and the data.
+
+    Attributes:
+      model: folder in Hugging Face's layout, or a hub name.
+      task: name of the task; `peftjax.tasks.TASKS` lists them.
+      data: folder with the task's files, or a Hugging Face data set; default: the task's own.
+      split: what to score on.
+      train_limit: use only so many training rows.
+      eval_limit: score on only so many inputs.
+      max_length: of a text in tokens; default: the task's.
+      buckets: number of lengths that batches are padded to.
+      dtype: of the activations.
+      param_dtype: of the base's parameters; what trains is float32.
+      remat: recompute the blocks' activations in the backward pass; less memory, more time.
+    """
+
+    model: str
+    task: str
+    data: str | None = None
+    split: Literal["dev", "test"] = "dev"
+    train_limit: int | None = None
+    eval_limit: int | None = None
+    max_length: int | None = None
+    buckets: int = 3
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: bool = False
+
+
+@dataclasses.dataclass
+class Training:
+    """How to train.
+
+    Attributes:
+      epochs: passes over the training rows.
+      steps: number of steps, instead of epochs.
+      batch_size: texts a step.
+      schedule: how the learning rate falls after the warm-up.
+      warmup: share of the steps in which it rises.
+      weight_decay: AdamW's; biases and norms are spared.
+      clip: global norm of the gradient; 0 for none.
+      accumulate: parts into which a batch is split, one after another, to save memory.
+      eval_every: steps between evaluations; default: once an epoch.
+      save_every: steps between the training states that a killed run resumes from.
+      layout: a loop over the layers (fast), or a scan (compiles fast).
+    """
+
+    epochs: int = 3
+    steps: int | None = None
+    batch_size: int = 32
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    warmup: float = 0.06
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    accumulate: int = 1
+    eval_every: int | None = None
+    save_every: int = 200
+    layout: Literal["loop", "scan"] = "loop"
+
+
+@dataclasses.dataclass
+class Compare:
+    """Trains several methods on one model and task and prints the table.
+
+    Attributes:
+      methods: separated by commas; `+` chains, arguments as in Python: "head,lora(rank=4),prefix+bitfit".
+      seeds: number of seeds, counted from 0.
+      lr: learning rate for all, or by method: "full=1e-4,lora=1e-3"; default: each method's own.
+      out: where results, report, plots and adapters go.
+    """
+
+    base: tyro.conf.OmitArgPrefixes[Base]
+    training: tyro.conf.OmitArgPrefixes[Training]
+    methods: str = "head,bitfit,lora,prefix,full"
+    seeds: int = 1
+    lr: str = ""
+    out: Path = Path("runs/compare")
+
+
+@dataclasses.dataclass
+class Train:
+    """Trains one method; a run that was cut off resumes when the same command is given again.
+
+    Attributes:
+      method: such as "lora", "lora(rank=4, targets=['linear'])" or "lora+bitfit".
+      seed: fixes everything that is random.
+      lr: learning rate; default: the method's own.
+      out: where the adapter, the log and the training state go.
+    """
+
+    base: tyro.conf.OmitArgPrefixes[Base]
+    training: tyro.conf.OmitArgPrefixes[Training]
+    method: str = "lora"
+    seed: int = 0
+    lr: float | None = None
+    out: Path = Path("runs/train")
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Scores an adapter, or the base model without one.
+
+    Attributes:
+      adapter: the adapter file; default: none.
+      seed: of a task head that neither the base nor an adapter has.
+    """
+
+    base: tyro.conf.OmitArgPrefixes[Base]
+    adapter: Path | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Merge:
+    """Writes base and adapter as one model, in a folder that transformers loads.
+
+    Attributes:
+      model: the base that the adapter was trained on.
+      adapter: the adapter file.
+      out: the new folder.
+      param_dtype: of the file.
+    """
+
+    model: str
+    adapter: Path
+    out: Path
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass
+class Methods:
+    """Lists the methods: what trains, where, whether it merges, the paper."""
+
+
+def compare(args: Compare) -> None:
+    from . import compare as comparison
+
+    found = comparison.compare(
+        args.base.model,
+        args.base.task,
+        args.base.data,
+        methods=args.methods,
+        seeds=args.seeds,
+        rates=_rates(args.lr),
+        out=args.out,
+        settings=_settings(args.training),
+        watch=_watch,
+        say=console.print,
+        **_prepare(args.base),
+    )
+    console.print(found)
+    console.print(f"[dim]written: {args.out}/results.jsonl, report.md, pareto.png, curves.png[/dim]")
+
+
+def train(args: Train) -> None:
+    from . import compare as comparison
+
+    result = comparison.train(
+        args.base.model,
+        args.base.task,
+        args.base.data,
+        method=args.method,
+        rate=args.lr,
+        out=args.out,
+        settings=dataclasses.replace(_settings(args.training), seed=args.seed),
+        watch=_watch,
+        say=console.print,
+        **_prepare(args.base),
+    )
+    scores = ", ".join(f"{k} {v:.4g}" for k, v in result["scores"].items())
+    console.print(
+        f"{result['method']}: {scores}; {result['trainable']:,} trained ({100 * result['share']:.3f}%)"
+    )
+    console.print(f"[dim]written: {args.out}/adapter.safetensors, result.json, log.jsonl[/dim]")
+
+
+def evaluate(args: Evaluate) -> None:
+    from . import compare as comparison
+
+    options = _prepare(args.base)
+    scores = comparison.evaluate(
+        args.base.model, args.base.task, args.base.data, adapter=args.adapter, seed=args.seed, **options
+    )
+    console.print(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+
+
+def merge(args: Merge) -> None:
+    from . import compare as comparison
+
+    folder = comparison.merge_adapter(args.model, args.adapter, args.out, args.param_dtype)
+    console.print(f"written: {folder}")
+
+
+def methods(args: Methods) -> None:
+    from .methods import TABLE
+
+    table = Table(title="Methods")
+    for column in ("name", "kind", "trains", "acts on", "merges", "paper"):
+        table.add_column(column)
+    for name, row in TABLE.items():
+        table.add_row(name, row.kind, row.trains, row.acts, "yes" if row.merges else "no", row.paper)
+    console.print(table)
+
+
+VERBS: dict[type, Callable] = {
+    Compare: compare,
+    Train: train,
+    Evaluate: evaluate,
+    Merge: merge,
+    Methods: methods,
+}
+Command = (
+    Annotated[Compare, tyro.conf.subcommand("compare")]
+    | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Methods, tyro.conf.subcommand("methods")]
+)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Reads the command line and runs the verb; errors that a user can mend are one line and exit status 1."""
+    args = tyro.cli(Command, prog="peftjax", description=__doc__.splitlines()[0], args=argv)
+    try:
+        VERBS[type(args)](args)
+    except (ValueError, OSError, ArithmeticError) as e:
+        Console(stderr=True).print(f"error: {e}", style="red", highlight=False, markup=False)
+        sys.exit(1)
+    except KeyboardInterrupt as e:
+        Console(stderr=True).print(str(e) or "interrupted", highlight=False, markup=False)
+        sys.exit(130)
+
+
+def _settings(t: Training):
+    from .train import Settings
+
+    return Settings(**{**dataclasses.asdict(t), "clip": t.clip or None})
+
+
+def _prepare(b: Base) -> dict:
+    import jax.numpy as jnp
+
+    return {
+        "eval_split": b.split,
+        "train_limit": b.train_limit,
+        "eval_limit": b.eval_limit,
+        "max_length": b.max_length,
+        "max_buckets": b.buckets,
+        "dtype": jnp.dtype(b.dtype),
+        "param_dtype": jnp.dtype(b.param_dtype),
+        "remat": b.remat,
+    }
+
+
+def _rates(text: str) -> dict[str, float]:
+    rates = {}
+    for item in filter(None, text.split(",")):
+        name, _, value = item.rpartition("=")
+        try:
+            rates[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(
+                f"cannot read the learning rate {item!r}; write 1e-3, or full=1e-4,lora=1e-3"
+            ) from None
+    return rates
+
+
+@contextlib.contextmanager
+def _watch(title: str) -> Iterator[Callable[[dict], None]]:
+    """A progress bar with loss, tokens a second and time left, fed by the records of a run."""
+    from .progress import watch
+
+    with watch(console, title) as report:
+        yield report

@@ -1,0 +1,226 @@
+"""The verbs: compare methods on one model and task, train one, evaluate or merge an adapter."""
+
+import dataclasses
+import os
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from rich.table import Table
+
+from . import hub, report
+from .checkpoint import load_adapter, read_header
+from .hub import Model
+from .methods import parse
+from .methods.base import virtual_tokens
+from .problem import Evaluator, Problem, prepare
+from .run import Entry, check_writable, configuration, entries, rate_of, run, short_hash
+from .tasks import get_task
+from .train import NonFinite, Settings
+from .tree import flatten
+
+
+def compare(
+    model_name: str,
+    task: str,
+    source: str | None,
+    *,
+    methods: str,
+    seeds: int,
+    rates: dict[str, float],
+    out: str | Path,
+    settings: Settings,
+    watch: Callable = lambda title: nullcontext(lambda record: None),
+    say: Callable[[str], Any] = print,
+    **options: Any,
+) -> Table:
+    """Trains every method with every seed and writes the report; what is there already is not trained again.
+
+    Args:
+      methods: as on the command line (`peftjax.methods.parse`).
+      seeds: how many, counted from 0; a seed fixes the data order, the methods' start, dropout and the head.
+      rates: method name -> learning rate; '' stands for all others.
+      options: for `peftjax.problem.prepare`.
+
+    Raises:
+      ValueError: bad input, before anything is trained. A method whose loss stops being finite is left out
+        of the table and said; if none remains, that is an error.
+    """
+    parse(methods), get_task(task)  # what can be wrong is found before anything costs time
+    if seeds < 1:
+        raise ValueError(f"seeds must be at least 1; got {seeds}")
+    out = check_writable(out)
+    problem, chosen = set_up(model_name, task, source, methods, **options)
+    for name in rates:
+        if name and name not in [e.name for e in chosen]:
+            raise ValueError(
+                f"a learning rate is given for {name!r}; the methods are {[e.name for e in chosen]}"
+            )
+    evaluator, results = Evaluator(problem), []
+    _say_notes(problem, chosen, say)
+    for entry in chosen:
+        for seed in range(seeds):
+            rate = rate_of(entry, rates, _width(problem.model))
+            own = dataclasses.replace(settings, seed=seed, learning_rate=rate)
+            name = re.sub(r"[^a-zA-Z0-9.=+-]+", "_", entry.name).strip("_")
+            config = configuration(problem, entry.method, own)
+            folder = out / "runs" / f"{name}-seed{seed}-{short_hash(config)}"
+            if (folder / "result.json").is_file():
+                say(f"{entry.name} seed {seed}: already trained, taken from {folder}")
+            try:
+                with watch(f"{entry.name} seed {seed}") as note:
+                    seeded = _with_head_of_seed(problem, seed)
+                    results.append(run(seeded, entry, own, folder, evaluator=evaluator, report=note))
+            except NonFinite as e:
+                say(f"{entry.name} seed {seed} is left out: {e}")
+    if not results:
+        raise ValueError("no method finished with a finite loss; try smaller learning rates with --lr")
+    title = f"{Path(model_name).name} on {task}"
+    return report.write(results, problem.task.metrics[0], title, _facts(problem, settings, options), out)
+
+
+def train(
+    model_name: str,
+    task: str,
+    source: str | None,
+    *,
+    method: str,
+    rate: float | None,
+    out: str | Path,
+    settings: Settings,
+    watch: Callable = lambda title: nullcontext(lambda record: None),
+    say: Callable[[str], Any] = print,
+    **options: Any,
+) -> dict:
+    """Trains one method into a folder; see `peftjax.run.run` for what it holds and returns.
+
+    Raises:
+      ValueError: bad input, or a folder that holds another run.
+      NonFinite, Interrupted: from training; the state is kept.
+    """
+    if len(parse(method)) != 1:
+        raise ValueError(f"train takes one method (chain several with +); got {method!r}")
+    get_task(task)
+    out = check_writable(out)
+    problem, (entry,) = set_up(model_name, task, source, method, **options)
+    problem = _with_head_of_seed(problem, settings.seed)
+    _say_notes(problem, [entry], say)
+    rates = {} if rate is None else {"": rate}
+    settings = dataclasses.replace(settings, learning_rate=rate_of(entry, rates, _width(problem.model)))
+    hint = "run the same command again: " + shlex.join(["peftjax", *sys.argv[1:]])
+    with watch(entry.name) as note:
+        return run(problem, entry, settings, out, resume_hint=hint, report=note)
+
+
+def evaluate(
+    model_name: str,
+    task: str,
+    source: str | None,
+    *,
+    adapter: str | Path | None,
+    seed: int = 0,
+    **options: Any,
+) -> dict[str, float]:
+    """The scores of an adapter, or of the base alone.
+
+    Raises:
+      ValueError: the adapter was made for another base, or for labels that are not the task's.
+    """
+    header = None if adapter is None else read_header(adapter)
+
+    def reserve(model: Model) -> int:
+        return 0 if adapter is None else virtual_tokens(load_adapter(adapter, model).params)
+
+    problem = prepare(model_name, task, source, need_train=False, reserve=reserve, seed=seed, **options)
+    labels = None if problem.task.labels is None else [str(x) for x in problem.task.labels]
+    if header is not None and "labels" in header["extra"] and header["extra"]["labels"] != labels:
+        raise ValueError(
+            f"{adapter} was trained for the labels {header['extra']['labels']}; {task} has {labels}"
+        )
+    params = problem.model.params if adapter is None else load_adapter(adapter, problem.model).params
+    return Evaluator(problem).scores(params)
+
+
+def merge_adapter(
+    model_name: str, adapter: str | Path, out: str | Path, param_dtype: str = "float32"
+) -> Path:
+    """Writes the base with the adapter merged in as a folder that transformers loads, tokenizer included.
+
+    Raises:
+      ValueError: the adapter cannot be merged (a prefix), or is for another base.
+    """
+    header = read_header(adapter)
+    out = check_writable(out)
+    architecture = header["base"]["architecture"]
+    purpose = next(t for t, (_, ending) in hub.TASKS.items() if architecture.endswith(ending))
+    labels = header["extra"].get("labels")
+    if purpose == "classification" and labels is None:
+        labels = 1
+    model = hub.load(model_name, purpose, labels=labels if purpose == "classification" else None)
+    params = load_adapter(adapter, model).params
+    return hub.save(model, params, out, hub.load_tokenizer(model_name), jnp.dtype(param_dtype))
+
+
+def set_up(
+    model_name: str, task: str, source: str | None, methods: str, **options: Any
+) -> tuple[Problem, list[Entry]]:
+    """The problem, and the methods fitted to its model; every method's transform is tried on abstract shapes.
+
+    Raises:
+      ValueError: a method does not fit the model (a target that matches nothing, a rank too large, ...).
+    """
+    chosen: list[Entry] = []
+
+    def reserve(model: Model) -> int:
+        heads = {s.module for s in model.sites if s.kind == "head"}
+        biases = [
+            p for p in flatten(model.params) if p.endswith("/bias") and p.rpartition("/")[0] not in heads
+        ]
+        chosen.extend(entries(methods, is_classifier=bool(heads), has_biases=bool(biases)))
+        return max(virtual_tokens(_try(e, model)) for e in chosen)
+
+    return prepare(model_name, task, source, reserve=reserve, **options), chosen
+
+
+def _try(entry: Entry, model: Model) -> Any:
+    m = entry.method
+    params = jax.eval_shape(lambda p: m.init(jax.random.key(0), p, model.sites), model.params)
+    m.trainable(params)
+    return params
+
+
+def _with_head_of_seed(problem: Problem, seed: int) -> Problem:
+    """The problem with its new task head, if it has one, drawn from this seed."""
+    return problem._replace(model=hub.redraw(problem.model, seed)) if problem.model.fresh else problem
+
+
+def _width(model: Model) -> int:
+    return model.config.hidden_size
+
+
+def _say_notes(problem: Problem, chosen: list[Entry], say: Callable) -> None:
+    for note in (*problem.notes, *(f"{e.name}: {e.note}" for e in chosen if e.note)):
+        say(f"note: {note}")
+
+
+def _facts(problem: Problem, s: Settings, options: dict) -> list[str]:
+    device = jax.devices()[0]
+    where = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
+    length = f"{s.steps} steps" if s.steps else f"{s.epochs} epochs"
+    scored = len(problem.prompts) or len(problem.dev)
+    clip = "no clipping" if s.clip is None else f"clipping at {s.clip}"
+    return [
+        f"{len(problem.train):,} training examples, scored on {scored:,} of the {options.get('eval_split', 'dev')} split",
+        *problem.notes,
+        f"{length}, batches of {s.batch_size}, AdamW, {s.schedule} decay after {100 * s.warmup:g}% warm-up, "
+        f"weight decay {s.weight_decay}, {clip}; learning rates in the table",
+        f"padded to {', '.join(map(str, problem.buckets))} tokens; activations {problem.model.module.dtype.name}",
+        f"jax {jax.__version__}, {where}",
+        f"command: `{shlex.join(['peftjax', *sys.argv[1:]])}`",
+    ]

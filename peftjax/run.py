@@ -1,0 +1,210 @@
+"""One run: a method trained on a problem, in a folder that holds its adapter, its log and its result.
+
+A folder belongs to one configuration. Running that again resumes what is unfinished and returns what is done;
+another configuration in the same folder is refused.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from .checkpoint import save_adapter, write_atomically
+from .hub import fingerprint
+from .methods import Method, build, chain, default_rate, head, parse
+from .problem import Evaluator, Problem, objective
+from .train import Settings, fit
+from .tree import count, nbytes
+
+SAMPLES = 5
+
+
+class Entry(NamedTuple):
+    """A method as a table lists it: its name there, the method, and what the reader should know."""
+
+    name: str
+    method: Method
+    note: str = ""
+
+
+def entries(text: str, *, is_classifier: bool, has_biases: bool) -> list[Entry]:
+    """Reads methods as written on the command line and fits them to a model.
+
+    The task head of a classifier trains with every method. BitFit on a model without biases gets zero biases
+    (`create=True`), and a note that says so.
+    """
+    out = []
+    for name, m in parse(text).items():
+        names, note = [n for n, _ in m.spec], ""
+        if "bitfit" in names and not has_biases:
+            m = chain(*(build(n, a | {"create": True} if n == "bitfit" else a) for n, a in m.spec))
+            note = "the model has no biases; zero ones were added and trained"
+        if is_classifier and not {"head", "full"} & set(names):
+            m = chain(m, head())
+        out.append(Entry(name, m, note))
+    return out
+
+
+def rate_of(entry: Entry, rates: dict[str, float], width: int) -> float:
+    """The learning rate given for the entry's name, or for all (''), or the method's default."""
+    return rates.get(entry.name, rates.get("", default_rate(entry.method, width)))
+
+
+def check_writable(folder: str | Path) -> Path:
+    """Creates the folder and tries to write in it, before anything costs time.
+
+    Raises:
+      ValueError: it cannot be written, with the reason.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-test-{os.getpid()}"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as e:
+        raise ValueError(
+            f"cannot write into the output folder {folder}: {e.strerror}; choose another --out"
+        ) from e
+    return folder
+
+
+def configuration(problem: Problem, method: Method, settings: Settings) -> dict:
+    """All that the result depends on, as JSON."""
+    return {
+        "base": fingerprint(problem.model),
+        "task": problem.task.name,
+        "data": problem.digest(),
+        "spec": [[name, arguments] for name, arguments in method.spec],
+        "settings": dataclasses.asdict(settings),
+        "dtype": jax.numpy.dtype(problem.model.module.dtype).name,
+        "param_dtype": str(jax.tree.leaves(problem.model.params)[0].dtype),
+        "remat": problem.model.module.remat,
+        "buckets": list(problem.buckets),
+    }
+
+
+def short_hash(config: dict) -> str:
+    """Eight hex digits of a configuration."""
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+
+
+def run(
+    problem: Problem,
+    entry: Entry,
+    settings: Settings,
+    folder: str | Path,
+    *,
+    evaluator: Evaluator | None = None,
+    resume_hint: str = "run the same command again",
+    report: Callable[[dict], None] = lambda record: None,
+) -> dict[str, Any]:
+    """Trains, scores and saves one method; returns the result, which is also `result.json` in the folder.
+
+    The result's keys: `method`, `seed`, `task`, `scores` (on the evaluation split, of the best state),
+    `trainable`, `share` (of base plus added), `peak_bytes` (of the compiled step), `step_seconds`,
+    `compilations`, `adapter_bytes`, `seconds` (all of it), `samples`, `config`, `note`.
+
+    Raises:
+      ValueError: the folder holds a run of another configuration.
+      NonFinite, Interrupted: from training; what was done is kept.
+    """
+    folder = check_writable(folder)
+    config = configuration(problem, entry.method, settings)
+    done = _claim(folder, config)
+    if done is not None:
+        return done
+    began = time.perf_counter()
+    model, method = problem.model, entry.method
+    params = method.init(jax.random.key(settings.seed), model.params, model.sites)
+    evaluator = evaluator or Evaluator(problem)
+    generation = problem.task.kind == "generation"
+    headline = problem.task.metrics[0]
+
+    def better(new, old):
+        return new["loss"] < old["loss"] if generation else new[headline] > old[headline]
+
+    fitted = fit(
+        params,
+        method,
+        objective(problem),
+        lambda number: problem.epoch(number, settings.batch_size, settings.seed),
+        problem.steps_per_epoch(settings.batch_size),
+        settings,
+        evaluate=evaluator.loss if generation else evaluator.scores,
+        better=better,
+        folder=folder,
+        resume_hint=resume_hint,
+        report=report,
+    )
+    resolved = jax.jit(lambda p: method.resolve(p, None))(fitted.params)
+    texts = evaluator.generate(resolved) if generation else []
+    scores = fitted.best["eval"] if fitted.best and not generation else evaluator.scores(resolved, texts)
+    extra = {
+        "task": problem.task.name,
+        "labels": None if problem.task.labels is None else [str(x) for x in problem.task.labels],
+        "scores": scores,
+        "config": config,
+    }
+    size = save_adapter(folder / "adapter.safetensors", model, method, fitted.params, extra)
+    result = {
+        "method": entry.name,
+        "seed": settings.seed,
+        "task": problem.task.name,
+        "scores": scores,
+        "trainable": fitted.trainable,
+        "share": fitted.trainable / count(params),
+        "base_bytes": nbytes(model.params),
+        "peak_bytes": fitted.peak_bytes,
+        "step_seconds": fitted.step_seconds,
+        "compilations": fitted.compilations,
+        "adapter_bytes": size,
+        "seconds": time.perf_counter() - began,
+        "samples": _samples(problem, texts),
+        "history": thin(fitted.history),
+        "note": entry.note,
+        "config": config,
+    }
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
+    shutil.rmtree(folder / "state", ignore_errors=True)
+    return result
+
+
+def _claim(folder: Path, config: dict) -> dict | None:
+    """The finished result if there is one; otherwise writes the configuration down for those who come later."""
+    file = folder / "config.json"
+    if file.is_file():
+        there = json.loads(file.read_text())
+        if there != config:
+            different = sorted(k for k in {*there, *config} if there.get(k) != config.get(k))
+            raise ValueError(
+                f"{folder} holds a run of another configuration (different: {', '.join(different)}); "
+                "choose another --out, or remove that folder"
+            )
+        if (folder / "result.json").is_file():
+            return json.loads((folder / "result.json").read_text())
+    else:
+        write_atomically(file, json.dumps(config, indent=1))
+    return None
+
+
+def _samples(problem: Problem, texts: list[str]) -> list[dict]:
+    few = problem.prompts[:SAMPLES]
+    prompts = problem.tokenizer.batch_decode([e.input_ids for e in few], skip_special_tokens=True)
+    return [
+        {"prompt": p, "output": t, "reference": (e.references or [""])[0]}
+        for p, t, e in zip(prompts, texts, few, strict=False)
+    ]
+
+
+def thin(history: list[dict], most: int = 500) -> list[dict]:
+    """The evaluations and at most so many evenly spaced steps, for curves."""
+    steps = [r for r in history if "loss" in r]
+    return steps[:: max(1, -(-len(steps) // most))] + [r for r in history if "eval" in r]

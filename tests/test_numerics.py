@@ -1,0 +1,713 @@
+"""The methods against Hugging Face `peft` and plain torch autograd: outputs and gradients of the trainables.
+
+Base models are tiny and random with non-zero biases; adapters are random, non-zero, copied from torch.
+"""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from peftjax import Site, chain, hub, masks, merge, partition, stack_layers
+from peftjax.methods import METHODS, bitfit, full, head, lora, prefix
+from peftjax.methods.lora import LoRA
+from peftjax.methods.prefix import PrefixMLP
+from peftjax.models.base import hf_name
+from peftjax.tree import combine, count, flatten, map_with_path
+from peftjax.weights import Trained, attend, dot, is_node, take
+
+torch = pytest.importorskip("torch")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+# peft and transformers warn about each other's deprecated names and about tied targets
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+TOLERANCE = 1e-4
+VOCABULARY, WIDTH, LAYERS, HEADS = 29, 16, 2, 4
+LLAMA = dict(
+    vocab_size=VOCABULARY,
+    hidden_size=WIDTH,
+    intermediate_size=20,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    max_position_embeddings=32,
+    tie_word_embeddings=False,
+)
+CONFIGS = {
+    "bert": lambda: transformers.BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        intermediate_size=20,
+        max_position_embeddings=32,
+        num_labels=3,
+    ),
+    "llama": lambda: transformers.LlamaConfig(
+        **LLAMA, num_key_value_heads=2, attention_bias=True, mlp_bias=True
+    ),
+    "llama-no-bias": lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, head_dim=6),
+    "llama-mha": lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=HEADS),
+    "llama-tied": lambda: transformers.LlamaConfig(**LLAMA | {"tie_word_embeddings": True}),
+}
+
+
+class Pair(NamedTuple):
+    """The same model here and in torch, and one batch for both."""
+
+    ours: hub.Model
+    theirs: Any
+    batch: dict[str, np.ndarray]
+
+
+@functools.cache
+def _pair(name: str, folder) -> Pair:
+    torch.manual_seed(len(name))
+    config = CONFIGS[name]()
+    kind = "ForSequenceClassification" if name == "bert" else "ForCausalLM"
+    theirs = getattr(transformers, config.model_type.capitalize() + kind)(config).eval()
+    with torch.no_grad():
+        for path, p in theirs.named_parameters():
+            p.normal_(0, 0.3)
+            p.add_(1.0 if "norm.weight" in path.lower() else 0.0)
+    theirs.save_pretrained(folder / name)
+    ours = hub.load(folder / name)
+    assert not ours.fresh
+    rng = np.random.default_rng(0)
+    batch = {"input_ids": rng.integers(1, VOCABULARY, (3, 7)), "attention_mask": np.ones((3, 7), int)}
+    batch["attention_mask"][1, 5:] = 0  # padded right
+    batch["attention_mask"][2, :2] = 0  # padded left
+    if name == "bert":
+        batch["type_ids"] = (np.arange(7) > 3).astype(int)[None].repeat(3, 0)
+    return Pair(ours, theirs, batch)
+
+
+@pytest.fixture
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.getbasetemp()
+    return lambda name: _pair(name, folder)
+
+
+class Link(NamedTuple):
+    """A torch parameter that a leaf here equals after a linear change of layout."""
+
+    tensor: Any
+    view: Callable = lambda x: x
+
+    def value(self):
+        return jnp.asarray(self.view(self.tensor.detach()).numpy())
+
+    def grad(self):
+        return self.view(self.tensor.grad).numpy()
+
+
+def transposed(tensor) -> Link:
+    return Link(tensor, lambda x: x.T)
+
+
+def fill(params, links: dict[str, Link]):
+    """Puts the torch values at the paths of `links`."""
+    assert set(links) <= set(flatten(params))
+    return map_with_path(lambda path, x: links[path].value() if path in links else x, params)
+
+
+def randomise(theirs, links: dict[str, Link]) -> None:
+    """Random values in exactly the linked torch parameters, which alone get gradients."""
+    linked = {id(link.tensor) for link in links.values()}
+    with torch.no_grad():
+        for p in theirs.parameters():
+            p.requires_grad_(id(p) in linked)
+            if id(p) in linked:
+                p.normal_(0, 0.3)
+
+
+def check(pair: Pair, theirs, method, params, links: dict[str, Link]) -> None:
+    """Same logits and same gradients; the leaves that train here are exactly the linked ones."""
+    trainable, frozen = partition(params, method.trainable(params))
+    assert set(flatten(trainable)) == set(links)
+    batch = {("token_type_ids" if k == "type_ids" else k): torch.tensor(v) for k, v in pair.batch.items()}
+    expected = theirs(**batch).logits
+    weight = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
+    valid = pair.batch["attention_mask"] if expected.ndim == 3 else np.ones(expected.shape[:1], int)
+    weight *= valid.reshape(*valid.shape, *[1] * (expected.ndim - valid.ndim))
+    theirs.zero_grad()
+    (expected * torch.tensor(weight)).sum().backward()
+
+    @functools.partial(jax.grad, has_aux=True)
+    def ours(trainable):
+        logits = pair.ours.forward(method.resolve(combine(trainable, frozen), None), pair.batch).logits
+        return (logits * weight).sum(), logits
+
+    grads, logits = ours(trainable)
+    kept = valid.astype(bool)
+    np.testing.assert_allclose(logits[kept], expected.detach().numpy()[kept], atol=TOLERANCE, rtol=TOLERANCE)
+    assert np.abs(expected.detach().numpy()[kept]).max() > 0.1
+    for path, g in flatten(grads).items():
+        reference = links[path].grad()
+        np.testing.assert_allclose(g, reference, atol=TOLERANCE, rtol=TOLERANCE, err_msg=path)
+        if "/key/bias" not in path:  # a key's bias moves all of BERT's scores alike: its gradient is zero
+            assert np.abs(reference).max() > 1e-3, f"{path}: the reference has no gradient to compare"
+
+
+def shapes(params) -> dict:
+    return {path: (x.shape, x.dtype) for path, x in flatten(params).items()}
+
+
+def start(pair: Pair, method):
+    return method.init(jax.random.key(0), pair.ours.params, pair.ours.sites)
+
+
+# LoRA
+
+
+def lora_links(theirs, params) -> dict[str, Link]:
+    """Each factor here and peft's of the same module."""
+    links = {}
+    for path, w in flatten(params, is_leaf=is_node).items():
+        if isinstance(w, LoRA):
+            module = theirs.base_model.model.get_submodule(hf_name(path).removesuffix(".weight"))
+            embedding = path.endswith("/embedding")
+            a = module.lora_embedding_A["default"] if embedding else module.lora_A["default"].weight
+            b = module.lora_embedding_B["default"] if embedding else module.lora_B["default"].weight
+            links |= {f"{path}/a": transposed(a), f"{path}/b": transposed(b)}
+    return links
+
+
+def with_lora(pair: Pair, config: dict, method):
+    theirs = peft.get_peft_model(copy.deepcopy(pair.theirs), peft.LoraConfig(**config)).eval()
+    params = start(pair, method)
+    links = lora_links(theirs, params)
+    assert sum("lora_" in name for name, _ in theirs.named_parameters()) == len(links)
+    randomise(theirs, links)
+    return theirs, fill(params, links), links
+
+
+QV = {"bert": ["query", "value"], "llama": ["q_proj", "v_proj"]}
+ALL = {
+    "bert": ["query", "key", "value", "dense"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+LORA = {
+    "query, value": ("bert", {"r": 4, "lora_alpha": 8, "target_modules": QV["bert"]}, lora(4, 8)),
+    "llama": ("llama", {"r": 4, "lora_alpha": 8, "target_modules": QV["llama"]}, lora(4, 8)),
+    "default alpha": ("llama", {"r": 4, "lora_alpha": 4, "target_modules": QV["llama"]}, lora(4)),
+    "no biases": (
+        "llama-no-bias",
+        {"r": 3, "lora_alpha": 6, "target_modules": ALL["llama"]},
+        lora(3, 6, ["linear"]),
+    ),
+    "all linear": (
+        "bert",
+        {"r": 4, "lora_alpha": 6, "target_modules": ALL["bert"]},
+        lora(4, 6, ["linear", "pooler"]),
+    ),
+    "all linear, llama": (
+        "llama",
+        {"r": 4, "lora_alpha": 6, "target_modules": ALL["llama"]},
+        lora(4, 6, ["linear"]),
+    ),
+    "rslora": (
+        "llama",
+        {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": QV["llama"]},
+        lora(4, 6, rslora=True),
+    ),
+    "patterns": (
+        "bert",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": ALL["bert"],
+            "rank_pattern": {"layer.1.output.dense": 5, "query": 2},
+            "alpha_pattern": {"query": 7, "intermediate.dense": 3},
+        },
+        lora(
+            4,
+            6,
+            ["linear", "pooler"],
+            rank_pattern={".*/layer_1/output/dense/kernel": 5, "query": 2},
+            alpha_pattern={"query": 7, "mlp_in": 3},
+        ),
+    ),
+    "rslora, patterns": (
+        "llama",
+        {
+            "r": 4,
+            "lora_alpha": 6,
+            "target_modules": QV["llama"],
+            "use_rslora": True,
+            "rank_pattern": {"q_proj": 2},
+            "alpha_pattern": {"layers.1.self_attn.q_proj": 5},
+        },
+        lora(4, 6, rslora=True, rank_pattern={"query": 2}, alpha_pattern={".*/layers_1/.*/q_proj/kernel": 5}),
+    ),
+    "embedding": (
+        "llama",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "q_proj"]},
+        lora(4, 6, ["embedding", "query"]),
+    ),
+    "embedding, bert": (
+        "bert",
+        {"r": 2, "lora_alpha": 6, "target_modules": ["word_embeddings", "token_type_embeddings"]},
+        lora(2, 6, ["embedding", ".*/token_type_embeddings/embedding"]),
+    ),
+    "lm head": (
+        "llama",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["lm_head"]},
+        lora(4, 6, ["lm_head"]),
+    ),
+    "tied, take": (
+        "llama-tied",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "v_proj"]},
+        lora(4, 6, ["embedding", "value"], tied_embedding="take"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LORA)
+def test_lora(pair, name):
+    base, config, method = LORA[name]
+    theirs, params, links = with_lora(pair(base), config, method)
+    check(pair(base), theirs, method, params, links)
+
+
+@pytest.mark.parametrize("name", ["all linear", "all linear, llama", "patterns", "rslora", "embedding"])
+def test_merged_lora_is_peft_merge_and_unload(pair, name):
+    base, config, method = LORA[name]
+    theirs, params, _ = with_lora(pair(base), config, method)
+    expected = dict(theirs.merge_and_unload().named_parameters())
+    merged = flatten(merge(params))
+    assert set(merged) == set(flatten(pair(base).ours.params))
+    for path, w in merged.items():
+        reference = expected[hf_name(path)].detach().numpy()
+        reference = reference.T if path.endswith("/kernel") else reference
+        np.testing.assert_allclose(w, reference, atol=1e-6, err_msg=path)
+    assert any(np.abs(w).min() > 0 for path, w in merged.items() if path.endswith("/bias"))
+    batch = pair(base).batch
+    np.testing.assert_allclose(
+        pair(base).ours.forward(merge(params), batch).logits,
+        pair(base).ours.forward(params, batch).logits,
+        atol=TOLERANCE,
+    )
+
+
+def test_lora_with_head_is_peft_modules_to_save(pair):
+    base, method = pair("bert"), chain(head(), lora(4, 8))
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=QV["bert"])
+    theirs = peft.get_peft_model(copy.deepcopy(base.theirs), config).eval()
+    params = start(base, method)
+    classifier = theirs.base_model.model.classifier.modules_to_save["default"]
+    links = lora_links(theirs, params) | {
+        "classifier/kernel/value": transposed(classifier.weight),
+        "classifier/bias/value": Link(classifier.bias),
+    }
+    randomise(theirs, links)
+    check(base, theirs, method, fill(params, links), links)
+
+
+def test_lora_on_look_up_and_head_of_a_tied_embedding(pair, key):
+    """`peft` cannot; the reference is the gradient through the dense table W + sAB."""
+    base, method = pair("llama-tied"), lora(4, 6, ["embedding"])
+    params = start(base, method)
+    path = "model/embed_tokens/embedding"
+    values = {
+        f"{path}/{f}": 0.3 * jax.random.normal(jax.random.fold_in(key, i), s)
+        for i, (f, s) in enumerate({"a": (VOCABULARY, 4), "b": (4, WIDTH)}.items())
+    }
+    params = map_with_path(lambda p, x: values.get(p, x), params)
+    trainable, frozen = partition(params, method.trainable(params))
+
+    def loss(trainable, dense):
+        tree = combine(trainable, frozen)
+        return jnp.sin(base.ours.forward(merge(tree) if dense else tree, base.batch).logits).sum()
+
+    for (path, g), reference in zip(
+        flatten(jax.grad(loss)(trainable, False)).items(),
+        jax.tree.leaves(jax.grad(loss)(trainable, True)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(g, reference, atol=TOLERANCE, rtol=TOLERANCE, err_msg=path)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_lora_products_are_the_equations(key, dtype):
+    k = jax.random.split(key, 5)
+    w, a, b = (jax.random.normal(k[i], s) for i, s in enumerate([(7, 5), (7, 3), (3, 5)]))
+    x, y = jax.random.normal(k[3], (2, 4, 7)).astype(dtype), jax.random.normal(k[4], (2, 4, 5)).astype(dtype)
+    w, ids = w.astype(dtype), jnp.array([[0, 6, 6], [2, 1, 0]])
+    lora_w = LoRA(w, a, b, scale=2.5)
+    w64, a64, b64, x64, y64 = (np.asarray(v, np.float64) for v in (w, a, b, x, y))
+    dense = w64 + 2.5 * a64 @ b64
+    exact = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 3e-2, "atol": 0.3}
+    for ours, expected in [
+        (lora_w.materialize(), dense),
+        (dot(lora_w, x), x64 @ dense),
+        (attend(lora_w, y), y64 @ dense.T),
+        (take(lora_w, ids), dense[np.asarray(ids)]),
+        (attend(LoRA(w, a, b, scale=2.5, only="take"), y), y64 @ w64.T),
+        (take(LoRA(w, a, b, scale=2.5, only="take"), ids), dense[np.asarray(ids)]),
+    ]:
+        assert ours.dtype == dtype  # float32 factors must not promote what comes after
+        np.testing.assert_allclose(np.asarray(ours, np.float64), expected, **exact)
+
+
+def test_lora_start(key):
+    """A uniform in ±1/sqrt(inputs), B zero; an embedding's the other way round."""
+    params = {"q": {"kernel": jnp.ones((400, 50))}, "e": {"embedding": jnp.ones((50, 400))}}
+    sites = [Site("q/kernel", "query"), Site("e/embedding", "embedding")]
+    new = flatten(lora(20, targets=["query", "embedding"]).init(key, params, sites))
+    assert not np.any(new["q/kernel/b"])
+    assert not np.any(new["e/embedding/a"])
+    np.testing.assert_allclose(np.abs(new["q/kernel/a"]).max(), 1 / 20, rtol=1e-2)
+    np.testing.assert_allclose(np.std(new["q/kernel/a"]), 1 / 20 / 3**0.5, rtol=3e-2)
+    np.testing.assert_allclose(np.std(new["e/embedding/b"]), 1, rtol=3e-2)
+
+
+# Dropout
+
+
+def dropped(pair, rate=0.25, **arguments):
+    """A BERT with LoRA that drops, b non-zero."""
+    method = lora(4, 8, dropout=rate, **arguments)
+    params = start(pair("bert"), method)
+    fresh = jax.random.normal(jax.random.key(1), (LAYERS, 4, WIDTH))
+    return method, map_with_path(lambda p, x: 0.3 * fresh[0] if p.endswith("/b") else x, params)
+
+
+def dropout_keys(params) -> dict:
+    return {p: jax.random.key_data(x) for p, x in flatten(params).items() if p.endswith("/key")}
+
+
+def test_dropout_keeps_the_mean(key):
+    k = jax.random.split(key, 4)
+    w, a, b = (jax.random.normal(k[i], s) for i, s in enumerate([(7, 5), (7, 3), (3, 5)]))
+    x = jax.random.normal(k[3], (7,))
+    outputs = jax.vmap(lambda key: dot(LoRA(w, a, b, key, scale=2.0, dropout=0.25), x))(
+        jax.random.split(key, 20_000)
+    )
+    error = outputs.std(0) / 20_000**0.5
+    assert np.all(error > 0)
+    assert np.all(np.abs(outputs.mean(0) - dot(LoRA(w, a, b, scale=2.0), x)) < 5 * error)
+    # inverted dropout of an input kept with probability q: variance (1 - q) / q (s x_i (a b)_ij)²
+    expected = (0.25 / 0.75) * np.square(2.0 * x[:, None] * (a @ b)).sum(0)
+    np.testing.assert_allclose(outputs.var(0), expected, rtol=0.1)
+
+
+def test_dropout_follows_the_key(pair):
+    method, params = dropped(pair)
+    base = pair("bert")
+
+    def logits(key):
+        return np.asarray(base.ours.forward(method.resolve(params, key), base.batch).logits)
+
+    one, two = jax.random.split(jax.random.key(0))
+    assert np.array_equal(logits(one), logits(one))
+    assert not np.array_equal(logits(one), logits(two))
+    undropped = lora(4, 8).resolve(map_with_path(lambda p, x: x, params), None)
+    assert np.array_equal(logits(None), base.ours.forward(undropped, base.batch).logits)
+    assert not np.array_equal(logits(one), logits(None))
+    keys = dropout_keys(method.resolve(params, one))
+    assert len({tuple(k.tolist()) for k in keys.values()}) == 2 * LAYERS  # no two layers drop alike
+    assert not dropout_keys(method.resolve(method.resolve(params, one), None))
+    assert not dropout_keys(lora(4).resolve(start(base, lora(4)), one))  # no rate, no key
+
+
+def test_dropout_is_the_same_stacked(pair, key):
+    """The masks bit for bit; the outputs to rounding, since a scan is another program."""
+    method, params = dropped(pair)
+    base = pair("bert")
+    loop, scan = method.resolve(params, key), method.resolve(stack_layers(params), key)
+    stacked = dropout_keys(stack_layers(loop))
+    assert len(stacked) == 2
+    for path, k in dropout_keys(scan).items():
+        assert np.array_equal(k, stacked[path]), path
+    x = jnp.ones((3, WIDTH))
+    for path, w in flatten(scan, is_leaf=is_node).items():
+        if isinstance(w, LoRA):
+            for i in range(LAYERS):
+                one = flatten(loop, is_leaf=is_node)[path.replace("*", str(i))]
+                assert np.array_equal(dot(jax.tree.map(lambda v, i=i: v[i], w), x), dot(one, x))
+    np.testing.assert_allclose(
+        base.ours.forward(scan, base.batch).logits, base.ours.forward(loop, base.batch).logits, atol=1e-5
+    )
+
+
+def test_dropout_reaches_a_lora_inside_another(pair, key):
+    method = chain(lora(2, dropout=0.5, targets=["query"]), lora(3, dropout=0.5, targets=["query"]))
+    params = method.resolve(start(pair("bert"), method), key)
+    keys = dropout_keys(params)
+    assert len({tuple(k.tolist()) for k in keys.values()}) == len(keys) == 2 * LAYERS
+
+
+# Prefix-tuning
+
+
+def prefix_paths(pair: Pair) -> list[str]:
+    return [f"{s.path}/prefix" for s in pair.ours.sites if s.kind == "attention"]
+
+
+def prefix_links(theirs, pair: Pair) -> dict[str, Link]:
+    """peft's table is (n, layers · 2 · heads · size), keys before values in every layer."""
+    table = theirs.prompt_encoder["default"].embedding.weight
+    heads = next(s.heads for s in pair.ours.sites if s.kind == "attention")
+    return {
+        f"{path}/{field}": Link(table, lambda x, i=i, j=j: x.view(len(x), LAYERS, 2, *heads[1:])[:, i, j])
+        for i, path in enumerate(prefix_paths(pair))
+        for j, field in enumerate(("key", "value"))
+    }
+
+
+def mlp_links(theirs) -> dict[str, Link]:
+    encoder = theirs.prompt_encoder["default"]
+    first, _, second = encoder.transform
+    return {
+        "prefix_mlp/embedding": Link(encoder.embedding.weight),
+        "prefix_mlp/w1": transposed(first.weight),
+        "prefix_mlp/b1": Link(first.bias),
+        "prefix_mlp/w2": transposed(second.weight),
+        "prefix_mlp/b2": Link(second.bias),
+    }
+
+
+def with_prefix(pair: Pair, n: int, **config):
+    task = "SEQ_CLS" if pair.ours.family.name == "bert" else "CAUSAL_LM"
+    config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=n, **config)
+    return peft.get_peft_model(copy.deepcopy(pair.theirs), config).eval()
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "llama-no-bias", "llama-tied"])
+def test_prefix(pair, name):
+    """Grouped heads, own head size, padding on either side.
+
+    transformers 5 and peft 0.21 treat BERT as they treat Llama: peft hands a cache of n keys and values to
+    `BertModel`, which uses it though `is_decoder` is false, counts the text's positions from n on, and gets a
+    mask with n ones in front. `Shift` and the prefix's always-seen keys do the same.
+    """
+    base, method = pair(name), prefix(5)
+    theirs = with_prefix(base, 5)
+    links = prefix_links(theirs, base)
+    randomise(theirs, links)
+    check(base, theirs, method, fill(start(base, method), links), links)
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "llama-mha"])
+def test_prefix_through_an_mlp(pair, name):
+    """With grouped heads peft's embedding is as wide as the keys, ours as the model; the node takes either."""
+    base, method = pair(name), prefix(5, mlp=True, hidden=6)
+    theirs = with_prefix(base, 5, prefix_projection=True, encoder_hidden_size=6)
+    links = mlp_links(theirs)
+    randomise(theirs, links)
+    params = fill(start(base, method), links)
+    if name != "llama":
+        assert shapes(params) == shapes(start(base, method))
+    check(base, theirs, method, params, links)
+
+
+def test_prefix_mlp_is_the_same_stacked(pair, key):
+    base, method = pair("llama"), prefix(3, mlp=True, hidden=6)
+    params = start(base, method)
+    loop, scan = method.resolve(params, None), method.resolve(stack_layers(params), None)
+    for path, x in flatten(stack_layers(loop)).items():
+        assert np.array_equal(x, flatten(scan)[path]), path
+    assert not any(isinstance(x, PrefixMLP) for x in jax.tree.leaves(loop, is_leaf=is_node))
+    assert np.abs(flatten(loop)["model/layers_1/self_attn/prefix/value"]).max() > 0
+
+
+def test_prefix_layers_are_in_order_beyond_ten(key):
+    config = transformers.LlamaConfig(**LLAMA | {"num_hidden_layers": 11, "num_key_value_heads": 2})
+    base = hub.from_config(config, "causal-lm", seed=None)
+    method = prefix(2, mlp=True, hidden=3)
+    params = jax.eval_shape(lambda p: method.init(key, p, base.sites), base.params)
+    out = jnp.arange(
+        11 * 2 * 8, dtype=jnp.float32
+    )  # the output's bias alone: layer, key or value, head, feature
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
+    filled = map_with_path(lambda p, x: out if p == "prefix_mlp/b2" else x, zeros)
+    resolved = flatten(method.resolve(filled, None))
+    for i in range(11):
+        for j, field in enumerate(("key", "value")):
+            got = resolved[f"model/layers_{i}/self_attn/prefix/{field}"]
+            assert np.array_equal(got[1].ravel(), out.reshape(11, 2, 8)[i, j]), (i, field)
+
+
+# What trains as it is: bitfit, head, full
+
+
+def plain_links(theirs, params) -> dict[str, Link]:
+    named = dict(theirs.named_parameters())
+    links = {}
+    for path in flatten(params):
+        leaf = path.removesuffix("/value")
+        tensor = named[hf_name(leaf)]
+        links[path] = transposed(tensor) if leaf.endswith("/kernel") else Link(tensor)
+    return links
+
+
+def only(pair: Pair, method, wanted: Callable[[str], bool]):
+    """torch with `requires_grad` on the parameters whose names are wanted, and nothing else."""
+    theirs = copy.deepcopy(pair.theirs)
+    params = start(pair, method)
+    trainable, _ = partition(params, method.trainable(params))
+    links = plain_links(theirs, trainable)
+    for name, p in theirs.named_parameters():
+        p.requires_grad_(wanted(name))
+    linked = {id(link.tensor) for link in links.values()}
+    assert {n for n, p in theirs.named_parameters() if id(p) in linked} == {
+        n for n, p in theirs.named_parameters() if p.requires_grad
+    }
+    return theirs, params, links
+
+
+PLAIN = {
+    "bitfit": ("bert", bitfit(), lambda n: n.endswith("bias") and "classifier" not in n),
+    "bitfit, llama": ("llama", bitfit(), lambda n: n.endswith("bias")),
+    "bitfit, subset": (
+        "bert",
+        bitfit(["query", "mlp_in"]),
+        lambda n: n.endswith(("query.bias", "intermediate.dense.bias")),
+    ),
+    "head": ("bert", head(), lambda n: n.startswith("classifier")),
+    "bitfit and head": ("bert", chain(bitfit(), head()), lambda n: n.endswith("bias") or "classifier" in n),
+    "full": ("bert", full(), lambda n: True),
+    "full, tied": ("llama-tied", full(), lambda n: True),
+    "full, grouped": ("llama", full(), lambda n: True),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_trains_as_it_is(pair, name):
+    base, method, wanted = PLAIN[name]
+    theirs, params, links = only(pair(base), method, wanted)
+    check(pair(base), theirs, method, params, links)
+
+
+def test_bitfit_creates_zero_biases_that_train(pair):
+    """Llama without biases: the start is unchanged, and the gradients are those of a Llama with biases."""
+    base, method = pair("llama-no-bias"), bitfit(create=True)
+    params = start(base, method)
+    assert np.array_equal(
+        base.ours.forward(params, base.batch).logits, base.ours.forward(base.ours.params, base.batch).logits
+    )
+    config = CONFIGS["llama-no-bias"]()
+    config.attention_bias = config.mlp_bias = True
+    theirs = transformers.LlamaForCausalLM(config).eval()
+    theirs.load_state_dict(base.theirs.state_dict(), strict=False)
+    trainable, _ = partition(params, method.trainable(params))
+    links = plain_links(theirs, trainable)
+    assert len(links) == 7 * LAYERS
+    randomise(theirs, links)
+    check(base, theirs, method, fill(params, links), links)
+
+
+# Counts, from abstract shapes
+
+
+def trained_count(config, method, task="encoder") -> int:
+    model = hub.from_config(config, task, seed=None)
+    params = jax.eval_shape(lambda k, p: method.init(k, p, model.sites), jax.random.key(0), model.params)
+    trainable, _ = partition(params, method.trainable(params))
+    return count(trainable)
+
+
+def bert_cased(layers=12, width=768, heads=12):
+    return transformers.BertConfig(
+        vocab_size=28996,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+    )
+
+
+def llama_of(layers, width, heads):
+    return transformers.LlamaConfig(
+        vocab_size=100,
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+
+
+COUNTS = {  # as published, and as counted independently in the survey's tables
+    # Hu et al. 2022: 2 r d for each of query and value, in 12 layers
+    "lora": (bert_cased(), lora(8), "encoder", 294_912),
+    "lora, llama": (llama_of(12, 768, 12), lora(8), "causal-lm", 294_912),
+    # Ben Zaken et al. 2022, table 1: 0.09% of BERT-base and 0.08% of BERT-large; all biases, pooler included
+    "bitfit, base": (bert_cased(), bitfit(), "encoder", 102_912),
+    "bitfit, large": (bert_cased(24, 1024, 16), bitfit(), "encoder", 272_384),
+    "bitfit, subset": (bert_cased(), bitfit(["query", "mlp_in"]), "encoder", 46_080),
+    # Li & Liang 2021 at GPT-2 medium's sizes: 2 n L k, and with the MLP n d + (d + 1) h + (h + 1) 2 L k
+    "prefix": (llama_of(24, 1024, 16), prefix(5), "causal-lm", 245_760),
+    "prefix, bert": (bert_cased(24, 1024, 16), prefix(5), "encoder", 245_760),
+    "prefix, mlp": (llama_of(24, 1024, 16), prefix(5, mlp=True, hidden=512), "causal-lm", 25_744_896),
+    "head": (bert_cased(), head(), "classification", 768 * 2 + 2),
+    "full": (bert_cased(), full(), "encoder", 108_310_272),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts(name):
+    config, method, task, expected = COUNTS[name]
+    assert trained_count(config, method, task) == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("base", ["bert", "llama"])
+def test_init_needs_no_values(name, base):
+    """Every method starts from shapes alone, and from them gives the structure that values give."""
+    task = "causal-lm" if base == "llama" else "classification"
+    if (name, base) == ("head", "llama"):
+        task = "classification"
+    model = hub.from_config(CONFIGS[base](), task, seed=None)
+    method = METHODS[name]()
+    abstract = jax.eval_shape(lambda k, p: method.init(k, p, model.sites), jax.random.key(0), model.params)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.params)
+    real = method.init(jax.random.key(0), zeros, model.sites)
+    assert jax.tree.structure(abstract) == jax.tree.structure(real)
+    assert shapes(abstract) == shapes(real)
+    assert jax.tree.leaves(method.trainable(abstract)) == jax.tree.leaves(method.trainable(real))
+
+
+def test_a_nested_lora_trains_with_the_one_inside(pair):
+    """Law 10: over LoRA, LoRA nests; the sum of both products is what one of the summed ranks gives."""
+    base = pair("bert")
+    method = chain(lora(2, 4, ["query"]), lora(3, 3, ["query"]))
+    params = start(base, method)
+    path = "bert/encoder/layer_0/attention/self/query/kernel"
+    trainable, frozen = partition(params, method.trainable(params))
+    assert {f"{path}/a", f"{path}/b", f"{path}/base/a", f"{path}/base/b"} <= set(flatten(trainable))
+    assert f"{path}/base/base" in flatten(frozen)
+    trainable = map_with_path(lambda p, x: 0.3 * jnp.sin(jnp.arange(x.size).reshape(x.shape)), trainable)
+    params = combine(trainable, frozen)
+    w = flatten(params, is_leaf=is_node)[path]
+    both = LoRA(w.base.base, jnp.hstack([2 * w.base.a, w.a]), jnp.vstack([w.base.b, w.b]))
+    x = jnp.cos(jnp.arange(3.0 * WIDTH)).reshape(3, WIDTH)
+    np.testing.assert_allclose(dot(w, x), dot(both, x), atol=1e-5)
+    np.testing.assert_allclose(w.materialize(), both.materialize(), atol=1e-6)
+    np.testing.assert_allclose(
+        base.ours.forward(merge(params), base.batch).logits,
+        base.ours.forward(params, base.batch).logits,
+        atol=TOLERANCE,
+    )
+
+
+def test_lora_over_trained_trains_both(pair):
+    base = pair("bert")
+    method = chain(head(), lora(2, targets=["head"]))
+    params = start(base, method)
+    trainable, _ = partition(params, method.trainable(params))
+    assert set(flatten(trainable)) == {
+        "classifier/bias/value",
+        "classifier/kernel/a",
+        "classifier/kernel/b",
+        "classifier/kernel/base/value",
+    }
+    assert isinstance(params["classifier"]["kernel"].base, Trained)
+    assert masks.by_node(Trained)(params)["classifier"]["kernel"].base.value is True
