@@ -1,9 +1,9 @@
 """Files: the adapter file, and the training state that a killed run resumes from.
 
 An adapter file is one safetensors file: the leaves that the method saves, named by their paths, and a JSON
-header under the metadata key `peftjax`. The header holds the method's spec, the base's fingerprint, a digest
-of the tensors, and for every rewritten path the class, static fields and nesting of its node. Loading needs
-neither data nor `init`.
+header under the metadata key `peftjax`. The header holds the method's spec, the base's fingerprint, for every
+rewritten path the class, static fields and nesting of its node, a digest of the tensors and one of all this
+(`seal`). Loading needs neither data nor `init`.
 """
 
 import dataclasses
@@ -43,9 +43,7 @@ class Adapter(NamedTuple):
     header: dict
 
 
-def save_adapter(
-    file: str | Path, model: Model, method: Method, params: Tree, extra: dict | None = None
-) -> int:
+def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, extra: dict | None = None) -> int:
     """Writes the adapter file, whole or not at all, and returns its size in bytes.
 
     Args:
@@ -54,7 +52,7 @@ def save_adapter(
       extra: JSON to keep in the header.
 
     Raises:
-      ValueError: a node holds an array that the method does not save and that is not the base's.
+      ValueError: an array that the method does not save is not the base's either.
       OSError: the file cannot be written; nothing is left behind.
     """
     params = unstack_layers(method.resolve(params, None))
@@ -62,16 +60,20 @@ def save_adapter(
     nodes = {p: n for p, n in flatten(params, is_leaf=is_node).items() if is_node(n)}
     tensors = {p: np.asarray(x) for p, x in flatten(params).items() if saved[p]}
     arrays = sorted(p for p in tensors if not any(p.startswith(n + "/") for n in nodes))
+    base = flatten(model.params)
+    if lost := [p for p in flatten(params, is_leaf=is_node) if p not in {*base, *nodes, *arrays}]:
+        raise ValueError(f"the method does not save {lost}, and they are not the base's; the file could not be loaded")
     header = {
         "format": FORMAT,
         "spec": [[name, arguments] for name, arguments in method.spec],
-        "base": {"fingerprint": fingerprint(model), "architecture": model.hf_config.architectures[0]},
+        "base": _base(model),
         "digest": _digest(tensors),
         "nodes": {p: _describe(p, n, saved) for p, n in sorted(nodes.items())},
         "arrays": arrays,
         "extra": extra or {},
     }
-    return write_atomically(file, save(tensors, metadata={"peftjax": json.dumps(header, sort_keys=True)}))
+    text = json.dumps({**header, "seal": _seal(header)}, sort_keys=True)
+    return write_atomically(file, save(tensors, metadata={"peftjax": text}))
 
 
 def write_atomically(file: str | Path, data: bytes | str) -> int:
@@ -110,11 +112,11 @@ def load_adapter(file: str | Path, model: Model) -> Adapter:
         paths are not those that the header and the base say; the message names them.
     """
     header, tensors = _open(file)
-    known = fingerprint(model)
-    if header["base"]["fingerprint"] != known:
+    there, here = header["base"], _base(model)
+    if there != here:
         raise ValueError(
-            f"{file} is an adapter for another base ({header['base']['architecture']} with fingerprint "
-            f"{header['base']['fingerprint']}); this one is {model.hf_config.architectures[0]} with {known}"
+            f"{file} is an adapter for another base ({there['architecture']} with fingerprint "
+            f"{there['fingerprint']}); this one is {here['architecture']} with {here['fingerprint']}"
         )
     wanted = set(header["arrays"]) | {t for p, d in header["nodes"].items() for t in _tensor_names(p, d)}
     if wanted != set(tensors):
@@ -124,12 +126,13 @@ def load_adapter(file: str | Path, model: Model) -> Adapter:
     if header["digest"] != _digest(tensors):
         raise ValueError(f"{file} is corrupted: its tensors do not match the digest in its header")
     base = flatten(model.params)
-    for path in header["arrays"]:
-        if path not in base or base[path].shape != tensors[path].shape:
-            there = base[path].shape if path in base else f"nothing (nearest: {nearest(path, base)})"
-            raise ValueError(f"{file}: {path} has shape {tensors[path].shape}, the base has {there}")
+    if strange := [p for p in header["arrays"] if p not in base]:
+        raise ValueError(f"{file}: the base has no {strange}; the nearest paths are {nearest(strange[0], base)}")
     new = {p: jnp.asarray(tensors[p]) for p in header["arrays"]}
     new |= {p: _rebuild(file, p, d, tensors, model.params, p) for p, d in header["nodes"].items()}
+    for path, x in new.items():
+        if path in base and x.shape != base[path].shape:
+            raise ValueError(f"{file}: {path} has shape {x.shape}, the base has {base[path].shape}")
     spec = [(name, arguments) for name, arguments in header["spec"]]
     return Adapter(update(model.params, new), from_spec(spec), header)
 
@@ -145,9 +148,19 @@ def _open(file: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
         header = json.loads(meta) if meta else None
     except (SafetensorError, json.JSONDecodeError) as e:
         raise ValueError(f"{file} is truncated or corrupted: {e}") from e
-    if header is None or header.get("format") != FORMAT:
+    if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise ValueError(f"{file} is a safetensors file, but no peftjax adapter of format {FORMAT}")
+    if header.pop("seal", None) != _seal(header):
+        raise ValueError(f"{file} is corrupted: its header does not match the digest in it")
     return header, tensors
+
+
+def _base(model: Model) -> dict[str, str]:
+    return {"fingerprint": fingerprint(model), "architecture": model.hf_config.architectures[0]}
+
+
+def _seal(header: dict) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(tensors: dict[str, np.ndarray]) -> str:
@@ -169,9 +182,7 @@ def _describe(path: str, n: Any, saved: dict[str, bool]) -> dict:
             return SAVED
         if name == "base":
             return BASE
-        raise ValueError(
-            f"the method does not save {here}, and it is not the base's; the file could not be loaded"
-        )
+        raise ValueError(f"the method does not save {here}, and it is not the base's; the file could not be loaded")
 
     fields = {name: field(name, getattr(n, name)) for name in data_fields(n)}
     return {"class": type(n).__name__, "static": static_fields(n), "fields": fields}
@@ -193,9 +204,7 @@ def _rebuild(file, path: str, description: dict, tensors: dict, base: Tree, base
         )
     unknown = {*description["fields"], *description["static"]} ^ {f.name for f in dataclasses.fields(cls)}
     if unknown:
-        raise ValueError(
-            f"{file}: {path}: the fields {sorted(unknown)} of {cls.__name__} differ from the file's"
-        )
+        raise ValueError(f"{file}: {path}: the fields {sorted(unknown)} of {cls.__name__} differ from the file's")
     values = {k: _tuples(v) for k, v in description["static"].items()}
     for name, d in description["fields"].items():
         here = f"{path}/{name}"
@@ -235,26 +244,40 @@ class StateFolder:
             return
         arrays = {f"{i:05d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
         args = self._ocp.args
-        self._manager.save(
-            step, args=args.Composite(state=args.StandardSave(arrays), meta=args.JsonSave(meta))
-        )
+        meta = {"arrays": _shapes(state), "meta": meta}
+        self._manager.save(step, args=args.Composite(state=args.StandardSave(arrays), meta=args.JsonSave(meta)))
 
     def restore(self, step: int, template: Tree) -> tuple[Tree, dict]:
         """The state of a step in the template's structure, and its JSON.
 
         Raises:
-          ValueError: the saved arrays are not those of the template.
+          ValueError: the saved arrays are not those of the template, or cannot be read.
         """
         leaves, structure = jax.tree.flatten(template)
         shapes = {f"{i:05d}": jax.ShapeDtypeStruct(x.shape, x.dtype) for i, x in enumerate(leaves)}
-        args = self._ocp.args
-        try:
-            got = self._manager.restore(
-                step, args=args.Composite(state=args.StandardRestore(shapes), meta=args.JsonRestore())
+        meta = self._read(step, meta=self._ocp.args.JsonRestore())["meta"]
+        there, here = meta["arrays"], _shapes(template)
+        if different := sorted(k for k in {*there, *here} if there.get(k) != here.get(k)):
+            said = "; ".join(f"{k}: {there.get(k)}, expected {here.get(k)}" for k in different[:5])
+            raise ValueError(
+                f"the training state in {self._manager.directory} is of another run ({len(different)} arrays "
+                f"differ: {said}); remove that folder to start again"
             )
-        except (ValueError, KeyError) as e:
-            raise ValueError(f"the saved training state is not one of this run: {e}") from e
-        return jax.tree.unflatten(structure, [got["state"][k] for k in sorted(shapes)]), got["meta"]
+        got = self._read(step, state=self._ocp.args.StandardRestore(shapes))["state"]
+        return jax.tree.unflatten(structure, [got[k] for k in sorted(shapes)]), meta["meta"]
+
+    def _read(self, step: int, **items: Any) -> Any:
+        try:
+            return self._manager.restore(step, args=self._ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError) as e:  # orbax has many names for what it misses
+            raise ValueError(
+                f"the training state of step {step} in {self._manager.directory} cannot be read "
+                f"({type(e).__name__}: {e}); remove that folder to start again"
+            ) from e
 
     def close(self) -> None:
         self._manager.close()
+
+
+def _shapes(state: Tree) -> dict[str, str]:
+    return {p: f"{x.dtype}{list(x.shape)}" for p, x in flatten(state).items()}

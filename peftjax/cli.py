@@ -8,7 +8,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -166,11 +166,11 @@ def compare(args: Compare) -> None:
         out=args.out,
         settings=_settings(args.training),
         watch=_watch,
-        say=console.print,
+        say=_say,
         **_prepare(args.base),
     )
     console.print(found)
-    console.print(f"[dim]written: {args.out}/results.jsonl, report.md, pareto.png, curves.png[/dim]")
+    _say(f"written: {args.out}/results.jsonl, report.md, pareto.png, curves.png", style="dim")
 
 
 def train(args: Train) -> None:
@@ -185,14 +185,12 @@ def train(args: Train) -> None:
         out=args.out,
         settings=dataclasses.replace(_settings(args.training), seed=args.seed),
         watch=_watch,
-        say=console.print,
+        say=_say,
         **_prepare(args.base),
     )
     scores = ", ".join(f"{k} {v:.4g}" for k, v in result["scores"].items())
-    console.print(
-        f"{result['method']}: {scores}; {result['trainable']:,} trained ({100 * result['share']:.3f}%)"
-    )
-    console.print(f"[dim]written: {args.out}/adapter.safetensors, result.json, log.jsonl[/dim]")
+    _say(f"{result['method']}: {scores}; {result['trainable']:,} trained ({100 * result['share']:.3f}%)")
+    _say(f"written: {args.out}/adapter.safetensors, result.json, log.jsonl", style="dim")
 
 
 def evaluate(args: Evaluate) -> None:
@@ -200,16 +198,16 @@ def evaluate(args: Evaluate) -> None:
 
     options = _prepare(args.base)
     scores = comparison.evaluate(
-        args.base.model, args.base.task, args.base.data, adapter=args.adapter, seed=args.seed, **options
+        args.base.model, args.base.task, args.base.data, adapter=args.adapter, seed=args.seed, say=_say, **options
     )
-    console.print(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+    _say(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
 
 def merge(args: Merge) -> None:
     from . import compare as comparison
 
     folder = comparison.merge_adapter(args.model, args.adapter, args.out, args.param_dtype)
-    console.print(f"written: {folder}")
+    _say(f"written: {folder}")
 
 
 def methods(args: Methods) -> None:
@@ -241,15 +239,20 @@ Command = (
 
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line and runs the verb; errors that a user can mend are one line and exit status 1."""
-    args = tyro.cli(Command, prog="peftjax", description=__doc__.splitlines()[0], args=argv)
+    args = tyro.cli(Command, prog="peftjax", description=(__doc__ or "").partition("\n")[0], args=argv)
     try:
         VERBS[type(args)](args)
     except (ValueError, OSError, ArithmeticError) as e:
-        Console(stderr=True).print(f"error: {e}", style="red", highlight=False, markup=False)
+        _say(f"error: {' '.join(str(e).split())}", Console(stderr=True), style="red")
         sys.exit(1)
     except KeyboardInterrupt as e:
-        Console(stderr=True).print(str(e) or "interrupted", highlight=False, markup=False)
+        _say(str(e) or "interrupted", Console(stderr=True))
         sys.exit(130)
+
+
+def _say(text: str, on: Console = console, **style: Any) -> None:
+    """One line, whatever its length, taken as it is."""
+    on.print(text, highlight=False, markup=False, soft_wrap=True, **style)
 
 
 def _settings(t: Training):
@@ -274,15 +277,22 @@ def _prepare(b: Base) -> dict:
 
 
 def _rates(text: str) -> dict[str, float]:
-    rates = {}
-    for item in filter(None, text.split(",")):
+    from .methods import parse
+
+    rates, items, depth = {}, [""], 0
+    for c in text:
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and not depth:  # a comma between arguments parts no rates
+            items.append("")
+        else:
+            items[-1] += c
+    for item in filter(str.strip, items):
         name, _, value = item.rpartition("=")
         try:
-            rates[name.strip()] = float(value)
+            rate = float(value)
         except ValueError:
-            raise ValueError(
-                f"cannot read the learning rate {item!r}; write 1e-3, or full=1e-4,lora=1e-3"
-            ) from None
+            raise ValueError(f"cannot read the learning rate {item!r}; write 1e-3, or full=1e-4,lora=1e-3") from None
+        rates |= dict.fromkeys(parse(name) if name.strip() else [""], rate)
     return rates
 
 

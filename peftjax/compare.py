@@ -52,23 +52,25 @@ def compare(
       ValueError: bad input, before anything is trained. A method whose loss stops being finite is left out
         of the table and said; if none remains, that is an error.
     """
-    parse(methods), get_task(task)  # what can be wrong is found before anything costs time
+    parse(methods)  # what can be wrong is found before anything costs time
+    get_task(task)
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}")
     out = check_writable(out)
     problem, chosen = set_up(model_name, task, source, methods, **options)
     for name in rates:
         if name and name not in [e.name for e in chosen]:
-            raise ValueError(
-                f"a learning rate is given for {name!r}; the methods are {[e.name for e in chosen]}"
-            )
+            raise ValueError(f"a learning rate is given for {name!r}; the methods are {[e.name for e in chosen]}")
     evaluator, results = Evaluator(problem), []
+    width = _width(problem.model)
+    rated = [
+        dataclasses.replace(settings, learning_rate=rate_of(e, rates, width)) for e in chosen
+    ]  # all, before anything is trained
     _say_notes(problem, chosen, say)
-    for entry in chosen:
+    for entry, of_entry in zip(chosen, rated, strict=True):
         for seed in range(seeds):
-            rate = rate_of(entry, rates, _width(problem.model))
-            own = dataclasses.replace(settings, seed=seed, learning_rate=rate)
-            name = re.sub(r"[^a-zA-Z0-9.=+-]+", "_", entry.name).strip("_")
+            own = dataclasses.replace(of_entry, seed=seed)
+            name = re.sub(r"[^a-zA-Z0-9.=+-]+", "_", entry.name).strip("_")[:80]
             config = configuration(problem, entry.method, own)
             folder = out / "runs" / f"{name}-seed{seed}-{short_hash(config)}"
             if (folder / "result.json").is_file():
@@ -125,6 +127,7 @@ def evaluate(
     *,
     adapter: str | Path | None,
     seed: int = 0,
+    say: Callable[[str], Any] = print,
     **options: Any,
 ) -> dict[str, float]:
     """The scores of an adapter, or of the base alone.
@@ -132,7 +135,10 @@ def evaluate(
     Raises:
       ValueError: the adapter was made for another base, or for labels that are not the task's.
     """
+    get_task(task)
     header = None if adapter is None else read_header(adapter)
+    if header is not None:  # texts as long as when it was trained
+        options["max_new_tokens"] = header["extra"].get("config", {}).get("max_new_tokens")
 
     def reserve(model: Model) -> int:
         return 0 if adapter is None else virtual_tokens(load_adapter(adapter, model).params)
@@ -140,22 +146,21 @@ def evaluate(
     problem = prepare(model_name, task, source, need_train=False, reserve=reserve, seed=seed, **options)
     labels = None if problem.task.labels is None else [str(x) for x in problem.task.labels]
     if header is not None and "labels" in header["extra"] and header["extra"]["labels"] != labels:
-        raise ValueError(
-            f"{adapter} was trained for the labels {header['extra']['labels']}; {task} has {labels}"
-        )
+        raise ValueError(f"{adapter} was trained for the labels {header['extra']['labels']}; {task} has {labels}")
+    _say_notes(problem, [], say)
     params = problem.model.params if adapter is None else load_adapter(adapter, problem.model).params
     return Evaluator(problem).scores(params)
 
 
-def merge_adapter(
-    model_name: str, adapter: str | Path, out: str | Path, param_dtype: str = "float32"
-) -> Path:
+def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_dtype: str = "float32") -> Path:
     """Writes the base with the adapter merged in as a folder that transformers loads, tokenizer included.
 
     Raises:
-      ValueError: the adapter cannot be merged (a prefix), or is for another base.
+      ValueError: the adapter cannot be merged (a prefix), or is for another base; or the folder holds a model.
     """
     header = read_header(adapter)
+    if (Path(out) / "config.json").exists():
+        raise ValueError(f"{out} holds a model already; choose another --out, or remove that folder")
     out = check_writable(out)
     architecture = header["base"]["architecture"]
     purpose = next(t for t, (_, ending) in hub.TASKS.items() if architecture.endswith(ending))
@@ -167,9 +172,7 @@ def merge_adapter(
     return hub.save(model, params, out, hub.load_tokenizer(model_name), jnp.dtype(param_dtype))
 
 
-def set_up(
-    model_name: str, task: str, source: str | None, methods: str, **options: Any
-) -> tuple[Problem, list[Entry]]:
+def set_up(model_name: str, task: str, source: str | None, methods: str, **options: Any) -> tuple[Problem, list[Entry]]:
     """The problem, and the methods fitted to its model; every method's transform is tried on abstract shapes.
 
     Raises:
@@ -179,9 +182,7 @@ def set_up(
 
     def reserve(model: Model) -> int:
         heads = {s.module for s in model.sites if s.kind == "head"}
-        biases = [
-            p for p in flatten(model.params) if p.endswith("/bias") and p.rpartition("/")[0] not in heads
-        ]
+        biases = [p for p in flatten(model.params) if p.endswith("/bias") and p.rpartition("/")[0] not in heads]
         chosen.extend(entries(methods, is_classifier=bool(heads), has_biases=bool(biases)))
         return max(virtual_tokens(_try(e, model)) for e in chosen)
 
@@ -216,7 +217,7 @@ def _facts(problem: Problem, s: Settings, options: dict) -> list[str]:
     scored = len(problem.prompts) or len(problem.dev)
     clip = "no clipping" if s.clip is None else f"clipping at {s.clip}"
     return [
-        f"{len(problem.train):,} training examples, scored on {scored:,} of the {options.get('eval_split', 'dev')} split",
+        f"{len(problem.train):,} training examples, scored on {scored:,} of {options.get('eval_split', 'dev')}",
         *problem.notes,
         f"{length}, batches of {s.batch_size}, AdamW, {s.schedule} decay after {100 * s.warmup:g}% warm-up, "
         f"weight decay {s.weight_decay}, {clip}; learning rates in the table",

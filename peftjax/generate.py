@@ -30,9 +30,7 @@ def empty_cache(model: Model, params: Tree, batch: int, length: int) -> Cache:
     return Cache(buffers, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
 
-def greedy(
-    model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 0
-) -> Callable[..., jax.Array]:
+def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 0) -> Callable[..., jax.Array]:
     """A jitted function that continues prompts with the most likely token, again and again.
 
     It compiles once for each shape of prompts. Rows that have ended are filled with `pad_id`; the loop stops

@@ -139,9 +139,7 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         return path
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or path.exists():
-        raise FileNotFoundError(
-            f"{name} is no folder; write the folder that holds config.json, or a hub name"
-        )
+        raise FileNotFoundError(f"{name} is no folder; write the folder that holds config.json, or a hub name")
     import huggingface_hub
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -165,9 +163,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
         raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load: {e}") from e
 
 
-def save(
-    model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, param_dtype: Any = None
-) -> Path:
+def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, param_dtype: Any = None) -> Path:
     """Writes merged parameters as a folder that transformers loads; tensors above 5 GB are sharded.
 
     Args:
@@ -191,8 +187,7 @@ def save(
         raise ValueError(
             f"{architecture} needs other parameters than these: "
             + "; ".join(
-                f"{p} {merged[p].shape if p in merged else 'missing'}, expected {expected[p].shape}"
-                for p in bad
+                f"{p} {merged[p].shape if p in merged else 'missing'}, expected {expected[p].shape}" for p in bad
             )
         )
     tensors = {}
@@ -234,9 +229,7 @@ def _read_hf_config(folder: Path, labels: int | list[str] | None) -> Any:
 
     file = folder / "config.json"
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no config.json; write the folder of a model in Hugging Face's layout"
-        )
+        raise FileNotFoundError(f"{folder} has no config.json; write the folder of a model in Hugging Face's layout")
     try:
         raw = json.loads(file.read_text())
     except json.JSONDecodeError as e:
@@ -267,9 +260,7 @@ def _set_labels(config: Any, labels: int | list[str]) -> None:
 def _describe(hf_config: Any, task: str | None, dtype: Any, remat: bool, where: Any) -> Model:
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
-        raise ValueError(
-            f"{where}: model type {hf_config.model_type!r}; peftjax has the families {sorted(FAMILIES)}"
-        )
+        raise ValueError(f"{where}: model type {hf_config.model_type!r}; peftjax has the families {sorted(FAMILIES)}")
     architecture = (hf_config.architectures or [None])[0]
     if task is not None:
         if task not in TASKS:
@@ -277,9 +268,7 @@ def _describe(hf_config: Any, task: str | None, dtype: Any, remat: bool, where: 
         _, ending = TASKS[task]
         architecture = next((a for a in family.heads if a.endswith(ending)), None)
         if architecture is None:
-            raise ValueError(
-                f"{family.name} models have no head for {task!r}; they have {sorted(family.heads)}"
-            )
+            raise ValueError(f"{family.name} models have no head for {task!r}; they have {sorted(family.heads)}")
     if architecture is None or architecture not in family.heads:
         raise ValueError(
             f"{where}: the architecture {architecture!r} is unknown; of {family.name}, peftjax has "
@@ -377,9 +366,7 @@ def _read_params(model: Model, files: list[Path], fresh_head: bool, dtype: Any) 
                 x = f.get_tensor(name)
                 found[path] = (x.T if family.transposed(path) else x).astype(dtype)
     missing = [p for p in shapes if p not in found]
-    excused = (
-        optional if optional.isdisjoint([*found, *wrong]) else set()
-    )  # a head is there whole or not at all
+    excused = optional if optional.isdisjoint([*found, *wrong]) else set()  # a head is there whole or not at all
     absent = [hf_name(p) for p in missing if p not in excused and p not in wrong]
     problems = [("missing", absent), ("not known to the model", extra), ("of a wrong shape", wrong.values())]
     if any(rows for _, rows in problems):
@@ -395,12 +382,8 @@ def _read_params(model: Model, files: list[Path], fresh_head: bool, dtype: Any) 
 def _check_tied(model: Model, name: str, f: Any, files: list[Path]) -> None:
     table = next(hf_name(s.path) for s in model.sites if s.tied)
     twin = next((g.get_tensor(n) for n, g in _tensors(files) if n in (table, table.partition(".")[2])), None)
-    if twin is not None and not jnp.array_equal(
-        f.get_tensor(name), twin
-    ):  # without one, the table is missing
-        raise ValueError(
-            f"the config ties {name} to {table}, but the files hold two different tensors for them"
-        )
+    if twin is not None and not jnp.array_equal(f.get_tensor(name), twin):  # without one, the table is missing
+        raise ValueError(f"the config ties {name} to {table}, but the files hold two different tensors for them")
 
 
 def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -412,9 +395,7 @@ def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
         shards[-1][name] = x
         size += x.nbytes
     for stale in (folder / WEIGHTS, folder / INDEX, *folder.glob("model-*-of-*.safetensors")):
-        stale.unlink(
-            missing_ok=True
-        )  # of an earlier save in other shards: a reader could take it for this one
+        stale.unlink(missing_ok=True)  # of an earlier save in other shards: a reader could take it for this one
     meta = {"format": "pt"}
     if len(shards) == 1:
         save_file(shards[0], folder / WEIGHTS, metadata=meta)

@@ -63,9 +63,7 @@ def _stack(name, layers):
 
 
 def _differing_nodes(first, second):
-    pairs = zip(
-        flatten(first, is_leaf=is_node).items(), flatten(second, is_leaf=is_node).values(), strict=True
-    )
+    pairs = zip(flatten(first, is_leaf=is_node).items(), flatten(second, is_leaf=is_node).values(), strict=True)
     return [p for (p, x), y in pairs if jax.tree.structure(x) != jax.tree.structure(y)][:3]
 
 
@@ -113,9 +111,7 @@ def layer_count(stacked: Tree) -> int:
     if not sizes:
         raise ValueError("a stacked subtree without arrays does not say how many layers it has; give `like`")
     if len(sizes) > 1 or sizes == {()}:
-        raise ValueError(
-            f"a stacked subtree must have one first axis for all leaves; found sizes {sorted(sizes)}"
-        )
+        raise ValueError(f"a stacked subtree must have one first axis for all leaves; found sizes {sorted(sizes)}")
     return sizes.pop()[0]
 
 

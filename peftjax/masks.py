@@ -34,8 +34,7 @@ def by_path(*patterns: str) -> Mask:
         for p in patterns:
             if not any(matches(p, path) for path in paths):
                 raise ValueError(
-                    f"the pattern {p!r} matches no whole path of the parameters; "
-                    f"the nearest are {nearest(p, paths)}"
+                    f"the pattern {p!r} matches no whole path of the parameters; the nearest are {nearest(p, paths)}"
                 )
         return map_with_path(lambda path, _: any(matches(p, path) for p in patterns), params)
 

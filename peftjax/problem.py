@@ -76,6 +76,7 @@ def prepare(
     max_length: int | None = None,
     max_buckets: int = 3,
     need_train: bool = True,
+    max_new_tokens: int | None = None,
     **load: Any,
 ) -> Problem:
     """Loads a model, its tokenizer and a task's data, and turns the texts into tokens.
@@ -90,12 +91,17 @@ def prepare(
       max_length: of a text in tokens; default: the task's, or what the model has room for.
       max_buckets: number of lengths that batches are padded to.
       need_train: False leaves the training examples out (the labels may still come from them).
+      max_new_tokens: of a generated text; default: the longest completion of the examples read.
       load: passed to `peftjax.hub.load`.
 
     Raises:
       ValueError, FileNotFoundError: from the loaders; or a text that is too long where the task does not cut.
     """
     task = get_task(task) if isinstance(task, str) else task
+    limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
     rows = data.load_rows(task, source, "train") if need_train or _open_labels(task) else []
     if _open_labels(task):
         task = task._replace(labels=data.labels_of(task, rows))
@@ -106,7 +112,12 @@ def prepare(
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
     tokenizer = hub.load_tokenizer(model_name)
     model = hub.load(model_name, purpose, labels=labels, **load)
-    room = model.max_length - reserve(model)
+    reserved = reserve(model)
+    room = model.max_length - reserved
+    if room < 1:
+        raise ValueError(
+            f"{reserved} virtual tokens leave no room for a text in the {model.max_length} positions of this model"
+        )
     limit = min(max_length or task.max_length, room)
     notes = []
 
@@ -114,9 +125,7 @@ def prepare(
         encoded = data.encode(task, rows, tokenizer, task.labels, kwargs.pop("limit", limit), **kwargs)
         if encoded.truncated:
             notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {limit} tokens")
-        if (
-            "type_vocab_size" not in model.config._fields
-        ):  # some tokenizers give token types to models without
+        if "type_vocab_size" not in model.config._fields:  # some tokenizers give token types to models without
             return [e._replace(type_ids=None) for e in encoded.examples]
         return encoded.examples
 
@@ -124,7 +133,7 @@ def prepare(
     dev = encode(eval_rows, eval_split)
     prompts, new_tokens = [], 0
     if task.kind == "generation":
-        new_tokens = max(sum(e.loss_mask or []) for e in train or dev)
+        new_tokens = max_new_tokens or max(sum(e.loss_mask or []) for e in train or dev)
         prompts = encode(eval_rows, "prompt", limit=room - new_tokens, for_generation=True)
     for limit_, what in ((train_limit, "training rows"), (eval_limit, f"{eval_split} inputs")):
         if limit_ is not None:
@@ -155,6 +164,7 @@ def objective(problem: Problem) -> Callable[[Tree, dict, jax.Array | None], tupl
 
     def loss(params, batch, key):
         logits = model.forward(params, batch, key).logits
+        assert logits is not None  # `prepare` loads a model with the task's head
         weight = batch["weight"]
         if kind == "generation":
             targets, weight = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:] * weight[:, None]
@@ -207,9 +217,7 @@ class Evaluator:
             total, weight = total + float(part), weight + float(part_weight)
             if out is not None:
                 logits.update(
-                    (i, row)
-                    for i, row in zip(batch["index"].tolist(), np.asarray(out), strict=True)
-                    if i >= 0
+                    (i, row) for i, row in zip(batch["index"].tolist(), np.asarray(out), strict=True) if i >= 0
                 )
         return {"loss": total / weight}, np.array([logits[i] for i in range(len(logits))])
 
@@ -220,12 +228,8 @@ class Evaluator:
         texts: dict[int, str] = {}
         for batch in data.batches(p.prompts, EVAL_BATCH, buckets, pad_id=p.pad_id, side="left"):
             tokens = np.asarray(self._generate(params, batch["input_ids"], batch["attention_mask"]))
-            decoded = p.tokenizer.batch_decode(
-                _until_end(tokens, p.tokenizer.eos_token_id), skip_special_tokens=True
-            )
-            texts.update(
-                (i, t.strip()) for i, t in zip(batch["index"].tolist(), decoded, strict=True) if i >= 0
-            )
+            decoded = p.tokenizer.batch_decode(_until_end(tokens, p.tokenizer.eos_token_id), skip_special_tokens=True)
+            texts.update((i, t.strip()) for i, t in zip(batch["index"].tolist(), decoded, strict=True) if i >= 0)
         return [texts[i] for i in range(len(texts))]
 
 

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 def watch(console: Console, title: str) -> Iterator[Callable[[dict], None]]:
     """Gives a function to call with each record of `peftjax.train.fit`; an evaluation becomes a line."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[said]}"),
@@ -25,7 +25,8 @@ def watch(console: Console, title: str) -> Iterator[Callable[[dict], None]]:
         def report(record: dict) -> None:
             if "eval" in record:
                 scores = ", ".join(f"{k} {v:.4g}" for k, v in record["eval"].items())
-                console.print(f"[dim]{title} step {record['step']}: {scores}[/dim]", highlight=False)
+                said = f"{title} step {record['step']}: {scores}"
+                console.print(said, style="dim", highlight=False, markup=False, soft_wrap=True)
                 return
             recent.append((time.perf_counter(), record["tokens"]))
             del recent[:-20]

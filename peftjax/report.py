@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from .checkpoint import write_atomically
 
@@ -58,7 +59,7 @@ def table(rows: Sequence[dict], title: str) -> Table:
     for column in lines[0]:
         out.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
     for line in lines:
-        out.add_row(*line.values())
+        out.add_row(*map(Text, line.values()))  # not markup: methods may hold brackets
     return out
 
 
@@ -120,9 +121,7 @@ def plots(rows: Sequence[dict], results: Sequence[dict], metric: str, title: str
             capsize=3,
             color=colour[r["method"]],
         )
-        ax.annotate(
-            r["method"], (r["trainable"], r["scores"][metric]), xytext=(8, 6), textcoords="offset points"
-        )
+        ax.annotate(r["method"], (r["trainable"], r["scores"][metric]), xytext=(8, 6), textcoords="offset points")
     ax.set(xscale="log", xlabel="trained parameters", ylabel=metric, title=title)
     ax.margins(x=0.15, y=0.15)
     ax.grid(alpha=0.3)
@@ -135,9 +134,7 @@ def plots(rows: Sequence[dict], results: Sequence[dict], metric: str, title: str
         steps = [r for r in run["history"] if "loss" in r]
         evals = [r for r in run["history"] if "eval" in r]
         window = max(1, len(steps) // 40)
-        smooth = [
-            statistics.fmean(r["loss"] for r in steps[max(0, i - window) : i + 1]) for i in range(len(steps))
-        ]
+        smooth = [statistics.fmean(r["loss"] for r in steps[max(0, i - window) : i + 1]) for i in range(len(steps))]
         left.plot([r["step"] for r in steps], smooth, color=colour[name], label=name)
         right.plot([r["step"] for r in evals], [r["eval"]["loss"] for r in evals], "o-", color=colour[name])
     left.set(xlabel="step", ylabel="training loss (running mean)", title=title)
@@ -149,15 +146,11 @@ def plots(rows: Sequence[dict], results: Sequence[dict], metric: str, title: str
     plt.close(fig)
 
 
-def write(
-    results: Sequence[dict], metric: str, title: str, facts: Sequence[str], folder: str | Path
-) -> Table:
+def write(results: Sequence[dict], metric: str, title: str, facts: Sequence[str], folder: str | Path) -> Table:
     """Writes all files of a comparison into the folder and returns the table to print."""
     folder = Path(folder)
     rows = summarise(results)
-    write_atomically(
-        folder / "results.jsonl", "".join(json.dumps(_without_history(r)) + "\n" for r in results)
-    )
+    write_atomically(folder / "results.jsonl", "".join(json.dumps(_without_history(r)) + "\n" for r in results))
     write_atomically(folder / "report.md", markdown(rows, results, title, facts))
     plots(rows, results, metric, title, folder)
     return table(rows, title)

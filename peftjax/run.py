@@ -70,25 +70,26 @@ def check_writable(folder: str | Path) -> Path:
         probe.write_text("")
         probe.unlink()
     except OSError as e:
-        raise ValueError(
-            f"cannot write into the output folder {folder}: {e.strerror}; choose another --out"
-        ) from e
+        raise ValueError(f"cannot write into the output folder {folder}: {e.strerror}; choose another --out") from e
     return folder
 
 
 def configuration(problem: Problem, method: Method, settings: Settings) -> dict:
     """All that the result depends on, as JSON."""
-    return {
+    settings_ = {k: v for k, v in dataclasses.asdict(settings).items() if k != "save_every"}
+    config = {
         "base": fingerprint(problem.model),
         "task": problem.task.name,
         "data": problem.digest(),
         "spec": [[name, arguments] for name, arguments in method.spec],
-        "settings": dataclasses.asdict(settings),
+        "settings": settings_,
         "dtype": jax.numpy.dtype(problem.model.module.dtype).name,
         "param_dtype": str(jax.tree.leaves(problem.model.params)[0].dtype),
         "remat": problem.model.module.remat,
-        "buckets": list(problem.buckets),
+        "buckets": problem.buckets,
+        "max_new_tokens": problem.max_new_tokens,
     }
+    return json.loads(json.dumps(config))  # as `config.json` gives it back
 
 
 def short_hash(config: dict) -> str:
@@ -110,7 +111,7 @@ def run(
 
     The result's keys: `method`, `seed`, `task`, `scores` (on the evaluation split, of the best state),
     `trainable`, `share` (of base plus added), `peak_bytes` (of the compiled step), `step_seconds`,
-    `compilations`, `adapter_bytes`, `seconds` (all of it), `samples`, `config`, `note`.
+    `compilations`, `adapter_bytes`, `seconds` (training and scoring), `samples`, `config`, `note`.
 
     Raises:
       ValueError: the folder holds a run of another configuration.
@@ -121,7 +122,6 @@ def run(
     done = _claim(folder, config)
     if done is not None:
         return done
-    began = time.perf_counter()
     model, method = problem.model, entry.method
     params = method.init(jax.random.key(settings.seed), model.params, model.sites)
     evaluator = evaluator or Evaluator(problem)
@@ -144,6 +144,7 @@ def run(
         resume_hint=resume_hint,
         report=report,
     )
+    fitted_at = time.perf_counter()
     resolved = jax.jit(lambda p: method.resolve(p, None))(fitted.params)
     texts = evaluator.generate(resolved) if generation else []
     scores = fitted.best["eval"] if fitted.best and not generation else evaluator.scores(resolved, texts)
@@ -166,7 +167,7 @@ def run(
         "step_seconds": fitted.step_seconds,
         "compilations": fitted.compilations,
         "adapter_bytes": size,
-        "seconds": time.perf_counter() - began,
+        "seconds": fitted.seconds + time.perf_counter() - fitted_at,
         "samples": _samples(problem, texts),
         "history": thin(fitted.history),
         "note": entry.note,

@@ -1,12 +1,14 @@
 """Training: one loop that differentiates and optimises the trainable partition only."""
 
 import dataclasses
+import itertools
 import json
 import re
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -42,16 +44,25 @@ class Settings:
     layout: Literal["loop", "scan"] = "loop"
 
     def __post_init__(self):
-        if self.batch_size % self.accumulate:
-            raise ValueError(
-                f"batch_size {self.batch_size} does not divide into accumulate={self.accumulate} parts"
-            )
-        if not 0 <= self.warmup <= 1:
-            raise ValueError(f"warmup is a share of the steps, between 0 and 1; got {self.warmup}")
         for name in ("epochs", "batch_size", "accumulate", "save_every", "steps", "eval_every"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1; got {value}")
+        for name in ("learning_rate", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name} must be a number above 0; got {value}")
+        if not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be a number of at least 0; got {self.weight_decay}")
+        if not 0 <= self.warmup <= 1:
+            raise ValueError(f"warmup is a share of the steps, between 0 and 1; got {self.warmup}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be at least 0; got {self.seed}")
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate={self.accumulate} parts")
+        for name, known in (("schedule", ("linear", "cosine", "constant")), ("layout", ("loop", "scan"))):
+            if getattr(self, name) not in known:
+                raise ValueError(f"there is no {name} {getattr(self, name)!r}; there are {known}")
 
 
 class TrainState(NamedTuple):
@@ -87,28 +98,23 @@ def schedule(settings: Settings, total: int) -> optax.Schedule:
         "cosine": optax.cosine_decay_schedule(peak, rest),
         "constant": optax.constant_schedule(peak),
     }
-    if settings.schedule not in falls:
-        raise ValueError(f"there is no schedule {settings.schedule!r}; there are {sorted(falls)}")
-    return optax.join_schedules(
-        [optax.linear_schedule(0.0, peak, max(rise, 1)), falls[settings.schedule]], [rise]
-    )
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(rise, 1)), falls[settings.schedule]], [rise])
 
 
 def decays(trainable: Tree) -> Tree:
-    """The mask of weight decay: all leaves but biases and the scales of norms."""
-    return map_with_path(lambda path, _: re.search(r"(^|/)(bias|scale)(/|$)", path) is None, trainable)
+    """The mask of weight decay: all leaves but biases (the prefix MLP's are `b1`, `b2`) and scales of norms."""
+    return map_with_path(lambda path, _: re.search(r"(^|/)(bias|scale|b\d+)(/|$)", path) is None, trainable)
 
 
 def make_optimizer(settings: Settings, total: int, method: Method) -> optax.GradientTransformationExtraArgs:
     """AdamW with clipping and the schedule, wrapped by the method."""
     adamw = optax.adamw(schedule(settings, total), weight_decay=settings.weight_decay, mask=decays)
     clip = optax.identity() if settings.clip is None else optax.clip_by_global_norm(settings.clip)
-    return optax.with_extra_args_support(method.optimizer(optax.chain(clip, adamw)))
+    inner = optax.with_extra_args_support(optax.chain(clip, adamw))  # so that a wrapper can hand on all it gets
+    return optax.with_extra_args_support(method.optimizer(inner))
 
 
-def make_step(
-    objective: Objective, method: Method, tx: optax.GradientTransformationExtraArgs, accumulate: int = 1
-):
+def make_step(objective: Objective, method: Method, tx: optax.GradientTransformationExtraArgs, accumulate: int = 1):
     """The training step `(state, frozen, batch, key) -> (state, {'loss', 'grad_norm'})`, to be jitted.
 
     The loss is the objective's sum over its weight, over the whole batch, plus the method's penalty; split
@@ -140,9 +146,10 @@ def make_step(
         extra, extra_grads = penalty(state.trainable, frozen)
         loss = total / weight + extra
         grads = jax.tree.map(lambda g, e: g / weight + e, grads, extra_grads)
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, key=key, step=state.step)
+        tx_key = jax.random.fold_in(key, 2**32 - 1)  # no number that `split` counts to
+        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, key=tx_key, step=state.step)
         trainable = optax.apply_updates(state.trainable, updates)
         new = TrainState(state.step + 1, trainable, opt_state, finite)
         kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state._replace(finite=finite))
@@ -161,8 +168,8 @@ class Fitted(NamedTuple):
       trainable: number of trained scalars.
       peak_bytes: of the compiled step: arguments, outputs and temporaries, largest over the shapes.
       step_seconds: median, without compilation.
-      compilations: number of compiled steps.
-      seconds: of the loop, compilation included, of this process.
+      compilations: number of compiled steps, one for each shape.
+      seconds: of the loop, compilation included, of all the processes that a resumed run took.
     """
 
     params: Tree
@@ -214,7 +221,8 @@ def fit(
       report: called with every record; `time_left`, `tokens_per_second` in seconds and tokens are added.
 
     Raises:
-      NonFinite: with the step and the last finite values; the state before it is saved.
+      NonFinite: with the step and the last finite values; the state before it is saved. Also for a
+        non-finite evaluation.
       Interrupted: on Ctrl-C, after saving the state.
     """
     began = time.perf_counter()
@@ -223,61 +231,69 @@ def fit(
     state, frozen = start(method, params, tx, settings.layout)
     best_trainable, best = jax.tree.map(jnp.copy, state.trainable), None
     log = _Log(folder)
+    compiled = _Compiled(make_step(objective, method, tx, settings.accumulate))
+    times: list[float] = []
     states = None if folder is None else StateFolder(Path(folder) / "state")
     if states is not None and (step := states.latest()) is not None:
         (state, best_trainable), meta = states.restore(step, (state, best_trainable))
         state, best_trainable = jax.tree.map(jnp.asarray, (state, best_trainable))
-        best = meta["best"]
-        log.keep(step)
+        state = state._replace(finite=jnp.bool_(True))  # what stopped the run may be gone
+        best, times, compiled.peaks = meta["best"], meta["times"], meta["peaks"]
+        began -= meta["seconds"]
     key = jax.random.key(settings.seed)
-    compiled = _Compiled(make_step(objective, method, tx, settings.accumulate))
     resolved = jax.jit(lambda t, f: method.resolve(combine(t, f), None))
     done = int(state.step)
+    log.keep(done)  # also without a state: a kill may have come before the first one was saved
 
     def save():
         if states is not None:
-            states.save(done, (state, best_trainable), {"best": best})
+            meta = {"best": best, "times": times[-20:], "peaks": compiled.peaks}
+            meta["seconds"] = time.perf_counter() - began
+            states.save(int(state.step), (state, best_trainable), meta)  # of a non-finite step: the one before
 
-    pending, times = None, []
-    clock = time.perf_counter()
-    with _Interrupts() as interrupts:
+    def note(pending, timed):
+        nonlocal clock
+        _note(log, pending, method, save, report)
+        now = time.perf_counter()
+        if timed:
+            times.append(now - clock)
+        clock = now
+
+    pending, clock = None, time.perf_counter()
+    with _Interrupts() as interrupts, nullcontext() if states is None else closing(states):
         for batch in _from_step(epoch, steps_per_epoch, done, total):
             run, compiling = compiled.get(state, frozen, batch, key)
+            if pending is None and compiling:
+                clock = time.perf_counter()
             state, metrics = run(state, frozen, batch, key)
             done += 1
             if pending is not None:  # the previous step's numbers, read while this one runs
-                _note(log, pending, method, save, report)
-                now = time.perf_counter()
-                if not compiling:
-                    times.append(now - clock)
-                clock = now
+                note(pending, timed=not compiling)
             left = (total - done) * (float(np.median(times[-20:])) if times else 0.0)
             tokens = int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else 0
             pending = (done, metrics, {"time_left": left, "tokens": tokens, "total": total})
-            at_end = done == total
-            due = done % (settings.eval_every or steps_per_epoch) == 0 or at_end
-            if due or done % settings.save_every == 0 or interrupts.seen:
-                _note(log, pending, method, save, report)
+            stop = interrupts.seen
+            due = done % (settings.eval_every or steps_per_epoch) == 0 or done == total
+            saving = due or stop or done % settings.save_every == 0
+            if saving:
+                note(pending, timed=True)
                 pending = None
             if due and evaluate is not None:
                 scores = evaluate(resolved(state.trainable, frozen))
                 record = {"step": done, "eval": scores}
+                if not np.isfinite(list(scores.values())).all():
+                    raise _non_finite(method, done, f"the evaluation gives {scores}", log)
                 log.add(record)
                 report(record)
                 if best is None or better(scores, best["eval"]):
                     best, best_trainable = record, jax.tree.map(jnp.copy, state.trainable)
-            if due or done % settings.save_every == 0 or interrupts.seen:
-                save()
-                clock = time.perf_counter()
-            if interrupts.seen and not at_end:
-                where = (
-                    f"its state is saved in {folder}; to resume, {resume_hint}"
-                    if folder
-                    else "nothing was saved"
-                )
+            if not saving:
+                continue
+            save()
+            clock = time.perf_counter()
+            if interrupts.seen:
+                where = f"its state is saved in {folder}; to resume, {resume_hint}" if folder else "nothing was saved"
                 raise Interrupted(f"interrupted after step {done} of {total}; {where}")
-    if states is not None:
-        states.close()
     if best is None:
         best_trainable = state.trainable
     return Fitted(
@@ -285,9 +301,9 @@ def fit(
         history=log.records,
         best=best,
         trainable=count(state.trainable),
-        peak_bytes=compiled.peak_bytes,
+        peak_bytes=max(compiled.peaks.values(), default=0),
         step_seconds=float(np.median(times)) if times else float("nan"),
-        compilations=len(compiled.steps),
+        compilations=len(compiled.peaks),
         seconds=time.perf_counter() - began,
     )
 
@@ -297,26 +313,32 @@ def _from_step(epoch, steps_per_epoch, first, total) -> Iterator[dict]:
     done = first
     while done < total:
         number, skip = divmod(done, steps_per_epoch)
-        for i, batch in enumerate(epoch(number)):
-            if i >= skip and done < total:
+        for batch in itertools.islice(epoch(number), skip, steps_per_epoch):
+            if done < total:
                 yield batch
                 done += 1
+        if done < min(total, (number + 1) * steps_per_epoch):
+            raise ValueError(f"epoch {number} has fewer batches than steps_per_epoch={steps_per_epoch}")
 
 
 def _note(log, pending, method, save, report) -> None:
     step, metrics, extra = pending
     record = {"step": step, "loss": float(metrics["loss"]), "grad_norm": float(metrics["grad_norm"])}
     if not (np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"])):
-        before = next((r for r in reversed(log.records) if "loss" in r), None)
-        names = "+".join(name for name, _ in method.spec)
         save()
-        raise NonFinite(
-            f"{names}: at step {step} the loss is {record['loss']} and the gradient's norm {record['grad_norm']}; "
-            f"the last finite ones were {before or 'none'}. The state before that step is kept; "
-            "try a smaller learning rate, a longer warm-up or clipping"
-        )
+        said = f"the loss is {record['loss']} and the gradient's norm {record['grad_norm']}"
+        raise _non_finite(method, step, said, log)
     log.add(record)
     report({**record, **extra})
+
+
+def _non_finite(method, step, said, log) -> NonFinite:
+    before = next((r for r in reversed(log.records) if "loss" in r), None)
+    names = "+".join(name for name, _ in method.spec)
+    return NonFinite(
+        f"{names}: at step {step} {said}; the last finite values were {before or 'none'}. The last state saved "
+        "before is kept; try a smaller learning rate, a longer warm-up or clipping"
+    )
 
 
 class _Compiled:
@@ -324,18 +346,18 @@ class _Compiled:
 
     def __init__(self, step):
         self.jitted = jax.jit(step, donate_argnums=0)
-        self.steps: dict[Any, Any] = {}
-        self.peak_bytes = 0
+        self.steps: dict[str, Any] = {}
+        self.peaks: dict[str, int] = {}  # bytes by shape; of a resumed run, also those of before
 
     def get(self, state, frozen, batch, key):
-        shape = tuple((k, v.shape) for k, v in sorted(batch.items()))
+        shape = ", ".join(f"{k} {v.shape}" for k, v in sorted(batch.items()))
         new = shape not in self.steps
         if new:
             self.steps[shape] = self.jitted.lower(state, frozen, batch, key).compile()
-            plan = self.steps[shape].memory_analysis()
+            plan, self.peaks[shape] = self.steps[shape].memory_analysis(), 0
             if plan is not None:
                 arguments = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-                self.peak_bytes = max(self.peak_bytes, arguments + plan.temp_size_in_bytes)
+                self.peaks[shape] = arguments + plan.temp_size_in_bytes
         return self.steps[shape], new
 
 
@@ -349,7 +371,7 @@ class _Log:
             self.file.parent.mkdir(parents=True, exist_ok=True)
 
     def keep(self, step: int) -> None:
-        """Takes up the records up to a step; those that a kill left half written are dropped."""
+        """Takes up the records up to a step; later ones, and one that a kill left half written, are dropped."""
         if self.file is not None and self.file.is_file():
             for line in self.file.read_text().splitlines():
                 try:

@@ -74,9 +74,7 @@ def get(tree: Tree, path: str) -> Any:
     here = tree
     for part in path.split("/"):
         if not isinstance(here, Mapping) or part not in here:
-            raise ValueError(
-                f"no parameter at {path!r}; the nearest paths are {nearest(path, flatten(tree))}"
-            )
+            raise ValueError(f"no parameter at {path!r}; the nearest paths are {nearest(path, flatten(tree))}")
         here = here[part]
     return here
 
@@ -139,9 +137,7 @@ def partition(params: Tree, mask: Tree) -> tuple[Tree, Tree]:
         raise ValueError(f"the mask selects none of the {len(flat)} leaves; nothing would be trained")
     for path, leaf in flatten(params).items():
         if flat[path] and not jnp.issubdtype(leaf.dtype, jnp.floating):
-            raise ValueError(
-                f"the mask selects {path!r} of dtype {leaf.dtype}; only floating arrays can train"
-            )
+            raise ValueError(f"the mask selects {path!r} of dtype {leaf.dtype}; only floating arrays can train")
     trainable = jax.tree.map(lambda x, m: x if m else HOLE, params, mask)
     frozen = jax.tree.map(lambda x, m: HOLE if m else x, params, mask)
     return trainable, frozen

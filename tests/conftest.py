@@ -1,10 +1,12 @@
-"""Strictness for all tests: warnings are errors, ranks never promote silently, a fresh key each time."""
+"""What all tests share: warnings are errors (pyproject.toml), the shared data, a key of its own for each test."""
 
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false")
+# The tests compile a thousand tiny programs once each: LLVM's optimisations would cost more than they save.
+QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ.setdefault("XLA_FLAGS", QUICK_COMPILE)
 
 from pathlib import Path
 
@@ -15,8 +17,6 @@ SHARED = Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "models/stories260K"
 MINILM = SHARED / "models/all-MiniLM-L6-v2"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data and weights are not here")
-
-jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture

@@ -49,9 +49,7 @@ CONFIGS = {
         max_position_embeddings=32,
         num_labels=3,
     ),
-    "llama": lambda: transformers.LlamaConfig(
-        **LLAMA, num_key_value_heads=2, attention_bias=True, mlp_bias=True
-    ),
+    "llama": lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
     "llama-no-bias": lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, head_dim=6),
     "llama-mha": lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=HEADS),
     "llama-tied": lambda: transformers.LlamaConfig(**LLAMA | {"tie_word_embeddings": True}),
@@ -343,7 +341,7 @@ def test_lora_products_are_the_equations(key, dtype):
     lora_w = LoRA(w, a, b, scale=2.5)
     w64, a64, b64, x64, y64 = (np.asarray(v, np.float64) for v in (w, a, b, x, y))
     dense = w64 + 2.5 * a64 @ b64
-    exact = {"rtol": 1e-5, "atol": 1e-5} if dtype == jnp.float32 else {"rtol": 3e-2, "atol": 0.3}
+    rtol, atol = (1e-5, 1e-5) if dtype == jnp.float32 else (3e-2, 0.3)
     for ours, expected in [
         (lora_w.materialize(), dense),
         (dot(lora_w, x), x64 @ dense),
@@ -353,7 +351,7 @@ def test_lora_products_are_the_equations(key, dtype):
         (take(LoRA(w, a, b, scale=2.5, only="take"), ids), dense[np.asarray(ids)]),
     ]:
         assert ours.dtype == dtype  # float32 factors must not promote what comes after
-        np.testing.assert_allclose(np.asarray(ours, np.float64), expected, **exact)
+        np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=rtol, atol=atol)
 
 
 def test_lora_start(key):
@@ -387,9 +385,7 @@ def test_dropout_keeps_the_mean(key):
     k = jax.random.split(key, 4)
     w, a, b = (jax.random.normal(k[i], s) for i, s in enumerate([(7, 5), (7, 3), (3, 5)]))
     x = jax.random.normal(k[3], (7,))
-    outputs = jax.vmap(lambda key: dot(LoRA(w, a, b, key, scale=2.0, dropout=0.25), x))(
-        jax.random.split(key, 20_000)
-    )
+    outputs = jax.vmap(lambda key: dot(LoRA(w, a, b, key, scale=2.0, dropout=0.25), x))(jax.random.split(key, 20_000))
     error = outputs.std(0) / 20_000**0.5
     assert np.all(error > 0)
     assert np.all(np.abs(outputs.mean(0) - dot(LoRA(w, a, b, scale=2.0), x)) < 5 * error)
@@ -454,9 +450,9 @@ def prefix_paths(pair: Pair) -> list[str]:
 def prefix_links(theirs, pair: Pair) -> dict[str, Link]:
     """peft's table is (n, layers · 2 · heads · size), keys before values in every layer."""
     table = theirs.prompt_encoder["default"].embedding.weight
-    heads = next(s.heads for s in pair.ours.sites if s.kind == "attention")
+    _, heads, size = next(s.heads for s in pair.ours.sites if s.heads)
     return {
-        f"{path}/{field}": Link(table, lambda x, i=i, j=j: x.view(len(x), LAYERS, 2, *heads[1:])[:, i, j])
+        f"{path}/{field}": Link(table, lambda x, i=i, j=j: x.view(len(x), LAYERS, 2, heads, size)[:, i, j])
         for i, path in enumerate(prefix_paths(pair))
         for j, field in enumerate(("key", "value"))
     }
@@ -497,7 +493,7 @@ def test_prefix(pair, name):
 
 @pytest.mark.parametrize("name", ["bert", "llama", "llama-mha"])
 def test_prefix_through_an_mlp(pair, name):
-    """With grouped heads peft's embedding is as wide as the keys, ours as the model; the node takes either."""
+    """With grouped heads peft's embedding has the keys' width, ours the model's; the node takes either."""
     base, method = pair(name), prefix(5, mlp=True, hidden=6)
     theirs = with_prefix(base, 5, prefix_projection=True, encoder_hidden_size=6)
     links = mlp_links(theirs)
@@ -523,9 +519,7 @@ def test_prefix_layers_are_in_order_beyond_ten(key):
     base = hub.from_config(config, "causal-lm", seed=None)
     method = prefix(2, mlp=True, hidden=3)
     params = jax.eval_shape(lambda p: method.init(key, p, base.sites), base.params)
-    out = jnp.arange(
-        11 * 2 * 8, dtype=jnp.float32
-    )  # the output's bias alone: layer, key or value, head, feature
+    out = jnp.arange(11 * 2 * 8, dtype=jnp.float32)  # the output's bias alone: layer, key or value, head, feature
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), params)
     filled = map_with_path(lambda p, x: out if p == "prefix_mlp/b2" else x, zeros)
     resolved = flatten(method.resolve(filled, None))

@@ -48,9 +48,7 @@ TABLE: dict[str, Row] = {
     "full": Row(full, "-", "all", "everywhere", True, 5e-5, True, "-"),
     "head": Row(head, "-", "(d + 1) labels", "task head", True, 1e-3, True, "-"),
     "bitfit": Row(bitfit, "selective", "all biases", "biases", True, 3e-3, False, "arXiv:2106.10199"),
-    "lora": Row(
-        lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, True, "arXiv:2106.09685"
-    ),
+    "lora": Row(lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, True, "arXiv:2106.09685"),
     "prefix": Row(prefix, "additive", "2 n L k", "attention", False, 1e-2, False, "arXiv:2101.00190"),
 }
 METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}
@@ -99,9 +97,7 @@ def parse(text: str) -> dict[str, Method]:
     except SyntaxError:
         items = None
     if not isinstance(items, ast.List) or not items.elts:
-        raise ValueError(
-            f"cannot read the methods {text!r}; write for example 'head, lora(rank=4), lora+bitfit'"
-        )
+        raise ValueError(f"cannot read the methods {text!r}; write for example 'head, lora(rank=4), lora+bitfit'")
     return {ast.unparse(item).replace(" + ", "+"): chain(*_terms(item)) for item in items.elts}
 
 
@@ -114,6 +110,4 @@ def _terms(item: ast.expr) -> list[Method]:
         case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
             if all(k.arg for k in keywords):  # ** has no name
                 return [build(name, {str(k.arg): ast.literal_eval(k.value) for k in keywords})]
-    raise ValueError(
-        f"cannot read {ast.unparse(item)!r}; write a name, or a name with arguments such as lora(rank=4)"
-    )
+    raise ValueError(f"cannot read {ast.unparse(item)!r}; write a name, or a name with arguments such as lora(rank=4)")

@@ -155,9 +155,7 @@ def _contains(outer, inner) -> bool:
     return is_node(outer) and any(_contains(getattr(outer, f), inner) for f in data_fields(outer))
 
 
-def select(
-    params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: Iterable[str] = ()
-) -> list[Site]:
+def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: Iterable[str] = ()) -> list[Site]:
     """The sites that the targets name; a target is a kind of site or a pattern of whole paths.
 
     Args:
@@ -183,9 +181,7 @@ def select(
         raise ValueError("targets is empty; write kinds or patterns, such as ['query', 'value']")
     paths = flatten(params, is_leaf=is_node)
     if stacked := next((p for p in paths if is_stacked(p)), None):
-        raise ValueError(
-            f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first"
-        )
+        raise ValueError(f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first")
     by_path = {s.path: s for s in sites if not kinds or s.kind in kinds or s.path in paths}
     there = sorted({s.kind for s in sites if not kinds or s.kind in kinds})
     chosen = {}
@@ -225,9 +221,7 @@ def mark(name: str, params: Tree, paths: Iterable[str]) -> Tree:
     arrays = {p: get(params, p) for p in paths}
     for path, x in arrays.items():
         if is_node(x):
-            raise ValueError(
-                f"{name}: {path} is already a {type(x).__name__}; apply {name} first or leave it out"
-            )
+            raise ValueError(f"{name}: {path} is already a {type(x).__name__}; apply {name} first or leave it out")
     return update(params, {p: Trained(x) for p, x in arrays.items()})
 
 
@@ -249,9 +243,7 @@ def virtual_tokens(params: Tree) -> int:
     return sum(node.n for path, node in nodes.items() if path.endswith("/shift"))
 
 
-def weight_method(
-    name: str, arguments: dict, targets: Iterable[str], cls: type, new: Callable, **rest
-) -> Method:
+def weight_method(name: str, arguments: dict, targets: Iterable[str], cls: type, new: Callable, **rest) -> Method:
     """A method that replaces the targeted weights by nodes of a class; the node says which fields train.
 
     Args:

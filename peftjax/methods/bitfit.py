@@ -41,18 +41,14 @@ def bitfit(targets: Sequence[str] | None = None, *, create: bool = False) -> Met
         else:
             weights = select(params, sites, targets)
             modules = {s.module for s in weights if f"{s.module}/bias" in leaves}
-        linear = [
-            s for s in weights if s.path.endswith("/kernel")
-        ]  # a bias beside an embedding would never be read
+        linear = [s for s in weights if s.path.endswith("/kernel")]  # a bias beside an embedding would never be read
         missing = [s for s in linear if create and s.module not in modules]
         if not modules and not missing:
             raise ValueError(
                 "bitfit: this model has no bias at the targets; write bitfit(create=True) to put zero biases "
                 "beside its linear layers and train those"
             )
-        zeros = {
-            s.module: jnp.zeros(get(params, s.path).shape[-1:], get(params, s.path).dtype) for s in missing
-        }
+        zeros = {s.module: jnp.zeros(get(params, s.path).shape[-1:], get(params, s.path).dtype) for s in missing}
         params = update(params, {f"{m}/bias": zero for m, zero in zeros.items()})
         return mark("bitfit", params, [f"{m}/bias" for m in sorted({*modules, *zeros})])
 

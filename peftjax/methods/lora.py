@@ -38,8 +38,9 @@ class LoRA(Weight):
                 "this LoRA acts on the look-up of a tied embedding only, so no single table stands for it; "
                 "train with tied_embedding='both' to merge"
             )
-        w = materialize(self.base)
-        return (w + self.scale * (self.a @ self.b)).astype(w.dtype)
+        w, product = materialize(self.base), self.scale * (self.a @ self.b)
+        wide = max(w.dtype, product.dtype, key=lambda dtype: dtype.itemsize)
+        return (w.astype(wide) + product.astype(wide)).astype(w.dtype)
 
     def dot(self, x):
         a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)

@@ -101,9 +101,7 @@ def prefix(length: int = 10, *, mlp: bool = False, hidden: int = 512, std: float
             if mlp:
                 new[f"{s.path}/prefix"] = Prefix(jnp.zeros(shape), jnp.zeros(shape), trains=())
             else:
-                new[f"{s.path}/prefix"] = Prefix(
-                    std * jax.random.normal(k, shape), std * jax.random.normal(v, shape)
-                )
+                new[f"{s.path}/prefix"] = Prefix(std * jax.random.normal(k, shape), std * jax.random.normal(v, shape))
         if mlp:
             new[REPARAMETRISATION] = _fresh_mlp(key, attention, length, hidden, std)
         return update(params, new)

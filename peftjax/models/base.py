@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-# Config keys that change nothing about the function computed: bookkeeping, generation, training of torch models.
+# Config keys that change nothing about the function: bookkeeping, generation, training of torch models.
 HARMLESS = frozenset(
     """
     _name_or_path architectures attn_implementation bos_token_id eos_token_id pad_token_id sep_token_id
@@ -59,9 +59,7 @@ def hf_name(path: str) -> str:
     """
     *modules, leaf = path.split("/")
     modules = [re.sub(r"_(\d+)$", r".\1", m) for m in modules]
-    return ".".join(
-        [*modules, {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)]
-    )
+    return ".".join([*modules, {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)])
 
 
 def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> Any:
@@ -70,7 +68,7 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
     Every key must be honoured, harmless, or at the value that transformers gives a fresh config.
 
     Raises:
-      ValueError: keys that would change the function and are not honoured, all of them, with what is supported.
+      ValueError: keys that would change the function and are not honoured, with what is supported.
     """
     values = {**values, "num_labels": len(values.get("id2label") or {0: 0, 1: 1})}
     honoured = set(family.config._fields)

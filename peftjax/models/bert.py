@@ -150,9 +150,7 @@ class Base(nn.Module):
                 "positions of this model"
             )
         positions = positions + shift
-        context = Context(
-            attention_mask[:, None, None, :].astype(bool), positions, deterministic=deterministic
-        )
+        context = Context(attention_mask[:, None, None, :].astype(bool), positions, deterministic=deterministic)
         x = Embeddings(c, self.dtype, name="embeddings")(input_ids, type_ids, positions, context)
         x = Encoder(c, self.remat, name="encoder")(x, context)
         return x, Pooler(c, name="pooler")(x)
@@ -174,15 +172,11 @@ class Bert(nn.Module):
     remat: bool = False
 
     @nn.compact
-    def __call__(
-        self, input_ids, attention_mask=None, type_ids=None, positions=None, cache=None, deterministic=True
-    ):
+    def __call__(self, input_ids, attention_mask=None, type_ids=None, positions=None, cache=None, deterministic=True):
         """Token ids (batch, length) -> `Output`; the mask is 1 at tokens and 0 at padding, on either side."""
         c, (_, length) = self.config, input_ids.shape
         if length > c.max_position_embeddings:
-            raise ValueError(
-                f"{length} tokens are more than the {c.max_position_embeddings} positions of this model"
-            )
+            raise ValueError(f"{length} tokens are more than the {c.max_position_embeddings} positions of this model")
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         types = jnp.zeros_like(input_ids) if type_ids is None else type_ids
         positions = jnp.arange(length)[None] if positions is None else positions

@@ -7,7 +7,7 @@ is added if there is one, a hook runs if and only if its node is there. Hook poi
 |---|---|---|
 | Linear | `input` | y = x = the input |
 | Linear | `output` | y = the output with bias, x = the input |
-| block | `attention_output`, `mlp_output` | y = the sub-layer's output before the residual sum, x = its input |
+| block | `attention_output`, `mlp_output` | y = the sub-layer's output before the sum, x = its input |
 | attention | `prefix` | y = (keys, values), x = the module's input |
 | model | `shift` | y = positions, x = token ids |
 | Embed | `output` | y = the looked-up rows, x = ids |
@@ -85,6 +85,16 @@ def hook(module: nn.Module, name: str, y: Any, *, x: Any, context: Any) -> Any:
     return y if found is None else found(y, x=x, context=context)
 
 
+def vector(module: nn.Module, name: str, init: Callable, x: jax.Array) -> jax.Array:
+    """A vector over the last axis of x, in the dtype and the rank of x."""
+    return _along_last(read(module, name, init, (x.shape[-1],)), x)
+
+
+def _along_last(v: Any, x: jax.Array) -> jax.Array:
+    v = weights.materialize(v)
+    return v.astype(x.dtype).reshape(*(1,) * (x.ndim - 1), -1)
+
+
 class Linear(nn.Module):
     """`x W + b`; W is `kernel` (inputs, features), b is `bias` (features)."""
 
@@ -101,7 +111,7 @@ class Linear(nn.Module):
         y = weights.dot(w, x)
         b = optional(self, "bias")  # the tree decides: a method may add a bias to a layer without one
         if b is not None:
-            y = y + weights.materialize(b).astype(y.dtype)
+            y = y + _along_last(b, y)
         return hook(self, "output", y, x=x, context=context)
 
 
@@ -131,12 +141,12 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = weights.materialize(read(self, "scale", nn.initializers.ones, (x.shape[-1],)))
-        bias = weights.materialize(read(self, "bias", nn.initializers.zeros, (x.shape[-1],)))
         h = x.astype(jnp.float32)
+        scale = vector(self, "scale", nn.initializers.ones, h)
+        bias = vector(self, "bias", nn.initializers.zeros, h)
         h = h - h.mean(-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        return (h * scale.astype(h.dtype) + bias.astype(h.dtype)).astype(x.dtype)
+        return (h * scale + bias).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -146,10 +156,9 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        scale = weights.materialize(read(self, "scale", nn.initializers.ones, (x.shape[-1],)))
         h = x.astype(jnp.float32)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        return h.astype(x.dtype) * scale.astype(x.dtype)
+        return h.astype(x.dtype) * vector(self, "scale", nn.initializers.ones, x)
 
 
 class Output(NamedTuple):
@@ -204,7 +213,7 @@ def attention(module, q, k, v, mask, *, dropout: float = 0.0, deterministic: boo
 
 
 def causal_mask(attention_mask: jax.Array) -> jax.Array:
-    """(batch, length) of 0 and 1 -> (batch, 1, length, length): own and earlier tokens that are not padding."""
+    """(batch, length) of 0 and 1 -> (batch, 1, length, length): own and earlier tokens, no padding."""
     t = attention_mask.shape[1]
     return attention_mask[:, None, None, :].astype(bool) & jnp.tril(jnp.ones((t, t), bool))[None, None]
 
@@ -257,7 +266,7 @@ def run_blocks(
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] - a tree is allowed
             length=n,
         )
         return scan(block(stacked), x, cache, arrays, args)

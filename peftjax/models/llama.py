@@ -1,4 +1,4 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971): pre-norm decoder, RMSNorm, RoPE, grouped heads, gated MLP."""
+"""Llama (Touvron et al. 2023, arXiv:2302.13971): pre-norm decoder with RMSNorm, RoPE, gated MLP."""
 
 from typing import Any, NamedTuple
 
@@ -187,7 +187,7 @@ class Llama(nn.Module):
                 logits = Linear(c.vocab_size, False, c.initializer_range, name="lm_head")(hidden)
         elif self.head == "classification":
             slots = jnp.arange(mask.shape[1])
-            last = jnp.argmax(slots * (mask > 0), axis=1)
+            last = jnp.argmax(jnp.where(mask > 0, slots, -1), axis=1)
             x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
             logits = Linear(c.num_labels, False, c.initializer_range, name="score")(x)
         return Output(hidden, None, None if logits is None else logits.astype(jnp.float32), cache)
@@ -230,9 +230,7 @@ def _check(c: Config) -> None:
     if unknown := sorted(set(rope) - ROPE_KEYS):
         raise ValueError(f"the rope parameters {unknown} are not known; known are {sorted(ROPE_KEYS)}")
     if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(
-            f"rope_type {rope['rope_type']!r} is not supported; supported are {sorted(ROPE_TYPES)}"
-        )
+        raise ValueError(f"rope_type {rope['rope_type']!r} is not supported; supported are {sorted(ROPE_TYPES)}")
     if rope["rope_type"] != "proportional" and rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError("partial_rotary_factor other than 1 is supported for rope_type 'proportional' only")
     activation(c.hidden_act)

@@ -24,7 +24,7 @@ def _linear(p, dim, max_length):
 
 
 def _dynamic(p, dim, max_length):
-    """NTK-aware: the base grows with the longest position in the batch once that passes the trained length."""
+    """NTK-aware: the base grows with the batch's longest position once that passes the trained length."""
     factor = p["factor"]
 
     def frequencies(length):
@@ -36,7 +36,7 @@ def _dynamic(p, dim, max_length):
 
 
 def _yarn(p, dim, max_length):
-    """Peng et al. 2023 (arXiv:2309.00071): high frequencies stay, low ones are interpolated, a ramp between."""
+    """Peng et al. 2023 (arXiv:2309.00071): high frequencies stay, low ones are interpolated."""
     theta, trained = p["rope_theta"], p["original_max_position_embeddings"]
     factor = p.get("factor") or max_length / trained
 
@@ -108,9 +108,7 @@ ROPE_TYPES: dict[str, Callable] = {
 }
 
 
-def rope_angles(
-    parameters: Mapping, dim: int, max_length: int, positions: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def rope_angles(parameters: Mapping, dim: int, max_length: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation, times the attention scaling; float32, (batch, length, dim / 2).
 
     Args:
@@ -122,7 +120,7 @@ def rope_angles(
     frequencies, scaling = ROPE_TYPES[parameters["rope_type"]](parameters, dim, max_length)
     if callable(frequencies):
         frequencies = frequencies(positions.max() + 1)
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)
+    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(frequencies, jnp.float32)[None, None]
     return jnp.cos(angles) * scaling, jnp.sin(angles) * scaling
 
 

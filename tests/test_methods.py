@@ -1,0 +1,371 @@
+"""The laws of `peftjax.methods.base`, over the table of methods and the families."""
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from peftjax import METHODS, Method, chain, combine, count, hub, merge, partition, stack_layers
+from peftjax.checkpoint import load_adapter, save_adapter
+from peftjax.methods import bitfit, default_rate, from_spec, full, head, lora, prefix
+from peftjax.train import Settings, fit
+from peftjax.tree import cast, flatten, map_with_path
+
+D, FF, LAYERS, HEADS, KV, VOCAB, LABELS = 16, 24, 2, 4, 2, 37, 3
+SIZE = D // HEADS
+
+
+def llama() -> hub.Model:
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=FF,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        num_key_value_heads=KV,
+        attention_bias=True,
+        mlp_bias=True,
+        max_position_embeddings=64,
+        initializer_range=0.3,
+    )
+    return _noisy(hub.from_config(config, "classification", labels=LABELS))
+
+
+def bert() -> hub.Model:
+    config = transformers.BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=FF,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+    )
+    return _noisy(hub.from_config(config, "classification", labels=LABELS))
+
+
+def _noisy(model: hub.Model) -> hub.Model:
+    """Biases and norm scales away from 0 and 1, as in a trained model."""
+    return model._replace(params=_noise(model.params, 0.1))
+
+
+def _noise(params, size):
+    def add(path, x):
+        key = jax.random.key(sum(map(ord, path)))
+        return x + size * jax.random.normal(key, x.shape, x.dtype)
+
+    return map_with_path(add, params)
+
+
+FAMILIES = {"llama": llama, "bert": bert}
+
+
+class Sizes(NamedTuple):
+    """What the counting formulas need; biases are those outside the task head."""
+
+    kv: int
+    biases: int
+    head: int
+    mlp_in: int  # matrices a layer
+
+
+SIZES = {
+    "llama": Sizes(KV * SIZE, LAYERS * (D + 2 * KV * SIZE + D + FF + FF + D), D * LABELS, 2),
+    # q k v o, two norms, intermediate, output; the embeddings' norm and the pooler
+    "bert": Sizes(D, LAYERS * (4 * D + 2 * D + FF + D) + D + D, (D + 1) * LABELS, 1),
+}
+
+
+class Case(NamedTuple):
+    """A row of the table of laws."""
+
+    method: Method
+    trains: str  # pattern that the trainable paths match, all of them and no others
+    count: Callable[[Sizes, int], int]  # (sizes, all parameters of the base) -> the paper's formula
+    unchanged: bool = True  # at init, by the paper
+    merges: bool = True
+    base_frozen: bool = True
+
+
+def _lora_count(r, *shapes):
+    return LAYERS * r * sum(a + b for a, b in shapes)
+
+
+CASES = {
+    "full": Case(full(), r".*", lambda s, n: n, base_frozen=False),
+    "head": Case(head(), r"(classifier|score)/.*", lambda s, n: s.head),
+    "bitfit": Case(bitfit(), r".*/bias/value", lambda s, n: s.biases),
+    "bitfit-subset": Case(
+        bitfit(["query", "mlp_in"]),
+        r".*/(query|q_proj|gate_proj|up_proj|intermediate/dense)/bias/value",
+        lambda s, n: LAYERS * (D + s.mlp_in * FF),
+    ),
+    "lora": Case(
+        lora(rank=3, alpha=5), r".*/(query|value|q_proj|v_proj)/kernel/[ab]", lambda s, n: _lora_count(3, (D, D), (D, s.kv))
+    ),
+    "rslora-dropout": Case(
+        lora(rank=2, alpha=7, rslora=True, dropout=0.3, targets=["key"]),
+        r".*/(key|k_proj)/kernel/[ab]",
+        lambda s, n: _lora_count(2, (D, s.kv)),
+    ),
+    "lora-patterns": Case(
+        lora(rank=1, targets=["linear", "embedding"], rank_pattern={"mlp_out": 4, ".*_0/.*": 2}, alpha_pattern={"query": 9}),
+        r".*(layer|layers)_\d+/.*/kernel/[ab]|.*(word_embeddings|embed_tokens)/embedding/[ab]",
+        lambda s, n: (
+            (VOCAB + D)
+            + 3 * (2 * (D + D) + 2 * (D + s.kv) + s.mlp_in * (D + FF))  # rank 2 in layer 0, rank 1 in layer 1
+            + 2 * 4 * (FF + D)
+        ),
+    ),
+    "prefix": Case(
+        prefix(5), r".*/prefix/(key|value)", lambda s, n: 2 * 5 * LAYERS * s.kv, unchanged=False, merges=False
+    ),
+    "prefix-mlp": Case(
+        prefix(5, mlp=True, hidden=7),
+        r"prefix_mlp/.*",
+        lambda s, n: 5 * D + (D + 1) * 7 + (7 + 1) * 2 * LAYERS * s.kv,
+        unchanged=False,
+        merges=False,
+    ),
+    "lora+bitfit+head": Case(
+        chain(lora(rank=2, targets=["value"]), bitfit(), head()),
+        r".*/(value|v_proj)/kernel/[ab]|.*/bias/value|(classifier|score)/.*",
+        lambda s, n: _lora_count(2, (D, s.kv)) + s.biases + s.head,
+    ),
+    "prefix+lora": Case(
+        chain(prefix(3), lora(rank=2, targets=["query"])),
+        r".*/prefix/(key|value)|.*/(query|q_proj)/kernel/[ab]",
+        lambda s, n: 6 * LAYERS * s.kv + _lora_count(2, (D, D)),
+        unchanged=False,
+        merges=False,
+    ),
+    "lora over lora": Case(
+        chain(lora(rank=2, targets=["query"]), lora(rank=3, alpha=1, targets=["query"])),
+        r".*/(query|q_proj)/kernel/(base/)?[ab]",
+        lambda s, n: _lora_count(5, (D, D)),
+    ),
+}
+EVERY = pytest.mark.parametrize("family", FAMILIES)
+ALL_CASES = pytest.mark.parametrize("name", CASES)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: make() for name, make in FAMILIES.items()}
+
+
+def _batch():
+    rng = np.random.default_rng(0)
+    mask = np.ones((6, 9), np.int32)
+    mask[1, 5:] = mask[4, 7:] = 0
+    return {
+        "input_ids": jnp.asarray(rng.integers(1, VOCAB, (6, 9)), jnp.int32),
+        "attention_mask": jnp.asarray(mask),
+        "labels": jnp.asarray(rng.integers(0, LABELS, 6), jnp.int32),
+    }
+
+
+def _adapt(model, method):
+    return method.init(jax.random.key(1), model.params, model.sites)
+
+
+def _logits(model, params):
+    with jax.numpy_dtype_promotion("strict"):  # nothing may widen silently
+        return model.forward(params, _batch()).logits
+
+
+def _objective(model):
+    def loss(params, batch, key):
+        log_p = jax.nn.log_softmax(model.forward(params, batch, key).logits)
+        return -jnp.take_along_axis(log_p, batch["labels"][:, None], 1).sum(), jnp.float32(len(batch["labels"]))
+
+    return loss
+
+
+def _steps(model, method, params, n=12, rate=1e-2):
+    settings = Settings(steps=n, learning_rate=rate, warmup=0.0, schedule="constant", batch_size=6)
+    return fit(params, method, _objective(model), lambda i: iter([_batch()]), 1, settings)
+
+
+def test_every_method_is_in_the_table():
+    named = {name for case in CASES.values() for name, _ in case.method.spec}
+    assert named == set(METHODS)
+
+
+@EVERY
+@ALL_CASES
+def test_law_1_the_function_starts_unchanged(models, family, name):
+    case, model = CASES[name], models[family]
+    got = _logits(model, case.method.resolve(_adapt(model, case.method), None))
+    difference = float(jnp.abs(got - _logits(model, model.params)).max())
+    assert difference < 1e-5 if case.unchanged else difference > 1e-4
+
+
+@EVERY
+@ALL_CASES
+def test_law_2_the_papers_leaves_and_count(models, family, name):
+    case, model = CASES[name], models[family]
+    params = _adapt(model, case.method)
+    mask = flatten(case.method.trainable(params))
+    assert {p for p, m in mask.items() if m} == {p for p in mask if re.fullmatch(case.trains, p)}
+    trainable, _ = partition(params, case.method.trainable(params))
+    assert count(trainable) == case.count(SIZES[family], count(model.params))
+
+
+@EVERY
+@ALL_CASES
+def test_laws_3_and_4_frozen_stays_loss_falls_one_compilation(models, family, name):
+    case, model = CASES[name], models[family]
+    params = _adapt(model, case.method)
+    before = jax.tree.map(np.array, params)
+    rate = 30 * default_rate(case.method, 768)
+    fitted = _steps(model, case.method, params, rate=rate)
+    losses = [r["loss"] for r in fitted.history]
+    assert min(losses[-3:]) < 0.97 * losses[0]
+    assert fitted.compilations == 1
+    mask = flatten(case.method.trainable(params))
+    after, start = flatten(fitted.params), flatten(before)
+    moved = {p for p in after if not np.array_equal(np.asarray(after[p]), start[p])}
+    assert moved <= {p for p, m in mask.items() if m}
+    assert moved, "something must have trained"
+    assert all(np.array_equal(np.asarray(x), start[p]) for p, x in flatten(params).items()), "the caller's tree"
+
+
+@EVERY
+@ALL_CASES
+def test_law_5_merging_keeps_the_function(models, family, name):
+    case, model = CASES[name], models[family]
+    params = case.method.resolve(_noise(_adapt(model, case.method), 0.2), None)
+    if not case.merges:
+        with pytest.raises(ValueError, match=r"cannot merge .*prefix"):
+            merge(params)
+        return
+    merged = merge(params)
+    extra = set(flatten(merged)) - set(flatten(model.params))
+    assert not extra
+    want = _logits(model, params)
+    assert float(jnp.abs(want - _logits(model, model.params)).max()) > 1e-2, "the adapter must do something"
+    np.testing.assert_allclose(_logits(model, merged), want, atol=2e-5)
+
+
+@EVERY
+@ALL_CASES
+def test_law_6_files(models, family, name, tmp_path):
+    case, model = CASES[name], models[family]
+    params = _noise(_adapt(model, case.method), 0.2)
+    trainable, frozen = partition(params, case.method.trainable(params))
+    base = jax.tree.map(lambda x: x, model.params)
+    if case.base_frozen:  # put the untouched base back under the noisy trainables
+        clean, _ = partition(_adapt(model, case.method), jax.tree.map(lambda m: not m, case.method.trainable(params)))
+        params = jax.tree.map(
+            lambda t, f: f if t is None else t, trainable, clean, is_leaf=lambda x: x is None
+        )
+    size = save_adapter(tmp_path / "a.safetensors", model, case.method, params)
+    assert size == (tmp_path / "a.safetensors").stat().st_size
+    loaded = load_adapter(tmp_path / "a.safetensors", model)
+    want = case.method.resolve(params, None)
+    assert jax.tree.structure(loaded.params) == jax.tree.structure(want)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(want), strict=True))
+    assert loaded.method.spec == from_spec(case.method.spec).spec
+    other = model._replace(params=_noise(base, 0.1))
+    with pytest.raises(ValueError, match="another base"):
+        load_adapter(tmp_path / "a.safetensors", other)
+
+
+@EVERY
+@ALL_CASES
+def test_law_7_bf16_base(models, family, name):
+    case, model = CASES[name], models[family]
+    small = model._replace(params=cast(model.params, jnp.bfloat16), module=model.module.clone(dtype=jnp.bfloat16))
+    params = _adapt(small, case.method)
+    out = jax.eval_shape(lambda p: small.forward(case.method.resolve(p, None), _batch()), params)
+    assert out.hidden.dtype == jnp.bfloat16, "a float32 trainable has widened the activations"
+    fitted = _steps(small, case.method, params, n=8, rate=30 * default_rate(case.method, 768))
+    losses = [r["loss"] for r in fitted.history]
+    assert min(losses[-3:]) < losses[0]
+    mask = flatten(case.method.trainable(params))
+    assert {x.dtype for p, x in flatten(fitted.params).items() if mask[p]} == {jnp.dtype(jnp.float32)}
+
+
+@EVERY
+@ALL_CASES
+def test_the_scanned_layout_has_the_same_loss_and_gradients(models, family, name):
+    case, model = CASES[name], models[family]
+    params = _adapt(model, case.method)
+    if name == "lora-patterns":  # ranks that differ by layer cannot be stacked, and say so
+        with pytest.raises(ValueError, match="cannot stack layers"):
+            stack_layers(params)
+        return
+    results = []
+    for tree in (params, stack_layers(params)):
+        trainable, frozen = partition(tree, case.method.trainable(tree))
+
+        def loss(t, frozen=frozen):
+            return _objective(model)(case.method.resolve(combine(t, frozen), jax.random.key(3)), _batch(), None)[0]
+
+        value, grads = jax.jit(jax.value_and_grad(loss))(trainable)
+        results.append((value, flatten(grads if tree is not params else stack_layers(grads))))
+    (one, grads), (two, others) = results
+    np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert grads.keys() == others.keys()
+    assert all(np.allclose(grads[p], others[p], atol=1e-4, rtol=1e-4) for p in grads)
+
+
+BAD = {
+    "no such kind": (lambda: lora(targets=["qeury"]), "qeury.*nearest paths"),
+    "a pattern that matches nothing": (lambda: lora(targets=["bert/layer_.*/q/kernel"]), "nearest paths"),
+    "rank too large": (lambda: lora(rank=D + 1), "larger than the matrix .* at most 16"),
+    "rank 0": (lambda: lora(rank=0), "at least 1"),
+    "rank no number": (lambda: lora(rank=2.0), "whole number"),  # type: ignore[arg-type] # the point of the test
+    "rank pattern 0": (lambda: lora(rank_pattern={"query": 0}), "at least 1"),
+    "rank pattern fits nothing": (lambda: lora(rank_pattern={"mlp_in": 2}), "mlp_in.*fits none of the targets"),
+    "alpha pattern fits nothing": (lambda: lora(alpha_pattern={"nowhere/.*": 2}), "fits none of the targets"),
+    "dropout 1": (lambda: lora(dropout=1.0), r"\[0, 1\)"),
+    "tied": (lambda: lora(tied_embedding="head"), "'both' or 'take'"),
+    "targets a string": (lambda: lora(targets="query"), r"list .*\['query'\]"),
+    "a broken pattern": (lambda: lora(targets=["q("]), "regular expression"),
+    "a bias as a matrix": (lambda: lora(targets=[".*/bias"]), "expected a matrix"),
+    "bitfit of an embedding": (lambda: bitfit(["embedding"]), "create=True"),
+    "prefix length": (lambda: prefix(0), "at least 1"),
+    "prefix hidden": (lambda: prefix(2, hidden=0), "at least 1"),
+    "head twice": (lambda: chain(head(), head()), "already"),
+    "prefix twice": (lambda: chain(prefix(2), prefix(3)), "prefix overwrites .* prefix already rewrote"),
+    "empty chain": (lambda: chain(), "at least one"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_law_8_bad_input(models, what):
+    make, message = BAD[what]
+    with pytest.raises(ValueError, match=message):
+        _adapt(models["bert"], make())
+
+
+PAIRS = [
+    (lora(rank=2), bitfit()),
+    (bitfit(), head()),
+    (prefix(3), lora(rank=2, targets=["linear"])),
+    (lora(rank=2, targets=["query"]), lora(rank=3, targets=["key"])),
+    (prefix(3, mlp=True, hidden=5), head()),
+]
+
+
+@EVERY
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: "+".join(n for m in p for n, _ in m.spec))
+def test_law_10_chain_equals_both(models, family, pair):
+    model = models[family]
+    key = jax.random.key(1)
+    together = chain(*pair).init(key, model.params, model.sites)
+    one = pair[0].init(jax.random.fold_in(key, 0), model.params, model.sites)
+    both = pair[1].init(jax.random.fold_in(key, 1), one, model.sites)
+    assert jax.tree.structure(together) == jax.tree.structure(both)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(both), strict=True))
+    masks = [flatten(m.trainable(together)) for m in (*pair, chain(*pair))]
+    assert all(masks[2][p] == (masks[0][p] or masks[1][p]) for p in masks[2])
