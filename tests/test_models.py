@@ -325,7 +325,7 @@ def empty_cache(model, params, rows, length):
 def test_cached_equals_uncached(layout, with_prefix, counted, key):
     config = transformers.LlamaConfig(**LLAMA, attention_bias=True)
     model = hub.from_config(config, "causal-lm")
-    params = jax.tree.map(lambda x: x * 8, model.params)
+    params = jax.tree.map(lambda x: x * 4, model.params)
     if with_prefix:
         params = prefix(length=3, std=1.0).init(key, params, model.sites)
     params = layout(params)
@@ -399,8 +399,10 @@ def test_bf16_is_not_promoted(family, method, base, layout, key):
     assert out.logits.dtype == jnp.float32
     dots = [e for e in equations(closed.jaxpr) if e.primitive.name == "dot_general"]
     assert len(dots) >= 8
-    for e in dots:  # a promoted sum would be an operand of some later product
-        assert {v.aval.dtype for v in e.invars} == {jnp.dtype(jnp.bfloat16)}, e.source_info.name_stack
+    mixed = [e for e in dots if {v.aval.dtype for v in e.invars} != {jnp.dtype(jnp.bfloat16)}]
+    if method is MIXED["lora"]:  # rows of the embedding are looked up in the table's dtype, then cast
+        assert "embed" in str(mixed.pop(0).source_info.name_stack)
+    assert not mixed  # a promoted sum would be an operand of some later product
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
@@ -427,15 +429,16 @@ def test_remat_changes_no_gradient(family, layout, key):
         make, config = "causal-lm", transformers.LlamaConfig(**LLAMA)
     method = lora(rank=2, targets=["linear"], dropout=0.5)
     batch = {k: jnp.asarray(v) for k, v in texts(padding="right").items()}
+    model = hub.from_config(config, make)
+    params = layout(method.init(key, model.params, model.sites))
+    trainable, frozen = partition(params, method.trainable(params))
+    trainable = jax.tree.map(lambda x: x + 0.1, trainable)
     results = []
     for remat in (False, True):
-        model = hub.from_config(config, make, remat=remat)
-        params = layout(method.init(key, model.params, model.sites))
-        trainable, frozen = partition(params, method.trainable(params))
-        trainable = jax.tree.map(lambda x: x + 0.1, trainable)
+        again = model._replace(module=model.module.clone(remat=remat))
 
-        def loss(trainable, frozen, key, model=model):
-            out = model.forward(method.resolve(combine(trainable, frozen), key), batch)
+        def loss(trainable, frozen, key, again=again):
+            out = again.forward(method.resolve(combine(trainable, frozen), key), batch)
             return jnp.square(out.logits).mean()
 
         closed = jax.make_jaxpr(jax.grad(loss))(trainable, frozen, key)

@@ -118,6 +118,7 @@ def fill(params, links: dict[str, Link]):
 def randomise(theirs, links: dict[str, Link]) -> None:
     """Random values in exactly the linked torch parameters, which alone get gradients."""
     linked = {id(link.tensor) for link in links.values()}
+    torch.manual_seed(0)  # not what the tests before this one left
     with torch.no_grad():
         for p in theirs.parameters():
             p.requires_grad_(id(p) in linked)
@@ -133,7 +134,7 @@ def check(pair: Pair, theirs, method, params, links: dict[str, Link]) -> None:
     expected = theirs(**batch).logits
     weight = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
     valid = pair.batch["attention_mask"] if expected.ndim == 3 else np.ones(expected.shape[:1], int)
-    weight *= valid.reshape(*valid.shape, *[1] * (expected.ndim - valid.ndim))
+    weight *= valid.reshape(*valid.shape, *[1] * (expected.ndim - valid.ndim)) / valid.sum()  # a mean over tokens
     theirs.zero_grad()
     (expected * torch.tensor(weight)).sum().backward()
 
@@ -148,9 +149,10 @@ def check(pair: Pair, theirs, method, params, links: dict[str, Link]) -> None:
     assert np.abs(expected.detach().numpy()[kept]).max() > 0.1
     for path, g in flatten(grads).items():
         reference = links[path].grad()
+        print("ERR", np.abs(g - reference).max(), np.abs(reference).max())
         np.testing.assert_allclose(g, reference, atol=TOLERANCE, rtol=TOLERANCE, err_msg=path)
         if "/key/bias" not in path:  # a key's bias moves all of BERT's scores alike: its gradient is zero
-            assert np.abs(reference).max() > 1e-3, f"{path}: the reference has no gradient to compare"
+            assert np.abs(reference).max() > 1e-2, f"{path}: the reference has no gradient to compare"
 
 
 def shapes(params) -> dict:
@@ -329,6 +331,7 @@ def test_lora_on_look_up_and_head_of_a_tied_embedding(pair, key):
         jax.tree.leaves(jax.grad(loss)(trainable, True)),
         strict=True,
     ):
+        print("ERR", np.abs(g - reference).max(), np.abs(reference).max())
         np.testing.assert_allclose(g, reference, atol=TOLERANCE, rtol=TOLERANCE, err_msg=path)
 
 

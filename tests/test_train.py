@@ -70,12 +70,12 @@ def at(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rte(at):
-    return tiny.problem(at, "bert", "rte")
+    return tiny.problem(at, "bert", "rte", max_buckets=1)
 
 
 @pytest.fixture(scope="module")
 def e2e(at):
-    return tiny.problem(at, "llama", "e2e")
+    return tiny.problem(at, "llama", "e2e", max_buckets=1)
 
 
 def fit_problem(problem, m, loss=None, folder=None, report=lambda record: None, params=None, **settings):
@@ -197,7 +197,7 @@ def test_the_update_is_adamw_after_clipping(clip):
 
 def one_step(problem, m, parts, batch):
     """Loss and gradient of one step; the optimizer hands the gradient on as it is."""
-    params = m.init(jax.random.key(0), tiny.roughen(problem.model.params, 3), problem.model.sites)
+    params = tiny.roughen(m.init(jax.random.key(0), problem.model.params, problem.model.sites))
     tx = optax.with_extra_args_support(optax.scale(-1.0))
     state, frozen = start(m, params, tx)
     new, metrics = jax.jit(make_step(objective(problem), m, tx, parts))(state, frozen, batch, jax.random.key(0))
@@ -206,9 +206,8 @@ def one_step(problem, m, parts, batch):
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_gives_the_same_loss_and_gradient(e2e, parts):
-    batch = next(e2e.epoch(0, 8, 0))
-    batch["loss_mask"] = batch["loss_mask"] * (np.arange(8) % 3 > 0)[:, None]  # unequal weights, a part may have few
-    batch["loss_mask"][: 8 // parts] = 0  # and the first none
+    batch = next(b for b in e2e.epoch(0, 8, 0) if b["weight"].all())
+    batch["loss_mask"][: 8 // parts] = 0  # unequal weights: the first part has none
     m = chain(lora(rank=2, targets=["linear"]), bitfit(create=True))
     whole, gradient = one_step(e2e, m, 1, batch)
     split, same = one_step(e2e, m, parts, batch)
@@ -243,7 +242,7 @@ def test_penalty_and_optimizer_of_the_method_are_used():
     assert len({k for _, k in seen}) == 5  # a key of its own each step
     batch = next(toy_epoch(0))
     gradient = jax.grad(lambda p: squares(p, batch, None)[0] / batch["weight"].sum() + m.penalty(p))(PARAMS)
-    assert fitted.history[0]["grad_norm"] == pytest.approx(float(optax.global_norm(gradient)), rel=1e-5)
+    assert fitted.history[0]["grad_norm"] == pytest.approx(float(optax.tree.norm(gradient)), rel=1e-5)
     once = fit_toy(m, Settings(steps=1, learning_rate=0.1, schedule="constant", warmup=0, weight_decay=0)).params
     moved = np.abs(once["lin"]["bias"] - PARAMS["lin"]["bias"])
     np.testing.assert_allclose(moved, 0.05, rtol=1e-4)  # Adam's first step is the rate, halved by the wrapper
@@ -252,8 +251,8 @@ def test_penalty_and_optimizer_of_the_method_are_used():
 # What it costs
 
 
-def test_one_compilation_for_each_shape_and_one_trace(e2e):
-    traces = []
+def test_one_compilation_for_each_shape_and_one_trace(at):
+    e2e, traces = tiny.problem(at, "llama", "e2e", max_buckets=2), []
 
     def counted(params, batch, key):
         traces.append(batch["input_ids"].shape)
@@ -262,8 +261,7 @@ def test_one_compilation_for_each_shape_and_one_trace(e2e):
     m = lora(rank=2)
     fitted = fit_problem(e2e, m, counted, steps=9)
     shapes = {b["input_ids"].shape for n in range(3) for b in e2e.epoch(n, 8, 0)}
-    assert fitted.compilations == len(shapes) == len(set(traces))
-    assert len(traces) == len(shapes)
+    assert fitted.compilations == len(shapes) == len(traces) == len(set(traces)) == 2
     assert fitted.peak_bytes > sum(x.nbytes for x in jax.tree.leaves(e2e.model.params))
 
 
@@ -410,30 +408,31 @@ def test_a_run_cut_off_anywhere_ends_bit_equal(tmp_path, stop_at):
     assert again.step_seconds > 0
 
 
-def test_a_real_model_with_dropout_resumes_bit_equal(rte, tmp_path):
-    m = chain(lora(rank=2, dropout=0.3), head())
-    plain = fit_problem(rte, m, save_every=2)
-    with pytest.raises(RuntimeError, match="killed"):
-        fit_problem(rte, m, folder=tmp_path, report=raise_at(5), save_every=2)
-    resumed = fit_problem(rte, m, folder=tmp_path, save_every=2)
-    assert losses(resumed) == losses(plain)
-    assert tiny.same(resumed.params, plain.params)
+DROPPING = chain(lora(rank=2, dropout=0.3), head())
 
 
-def raise_at(step):
-    def report(record):
-        if record["step"] == step:
+@pytest.fixture(scope="module")
+def uninterrupted(rte):
+    return fit_problem(rte, DROPPING)
+
+
+def test_a_real_model_with_dropout_resumes_bit_equal(rte, uninterrupted, tmp_path):
+    def kill(record):
+        if record["step"] == 5:
             raise RuntimeError("killed")
 
-    return report
+    with pytest.raises(RuntimeError, match="killed"):
+        fit_problem(rte, DROPPING, folder=tmp_path, report=kill, save_every=2)
+    resumed = fit_problem(rte, DROPPING, folder=tmp_path, save_every=2)
+    assert losses(resumed) == losses(uninterrupted)
+    assert tiny.same(resumed.params, uninterrupted.params)
 
 
-def test_the_seed_fixes_everything(rte):
-    m = chain(lora(rank=2, dropout=0.3), head())
-    one, two, other = (fit_problem(rte, m, seed=s) for s in (3, 3, 4))
-    assert losses(one) == losses(two)
-    assert tiny.same(one.params, two.params)
-    assert losses(one) != losses(other)
+def test_the_seed_fixes_everything(rte, uninterrupted):
+    again, other = (fit_problem(rte, DROPPING, seed=s) for s in (0, 1))
+    assert losses(again) == losses(uninterrupted)
+    assert tiny.same(again.params, uninterrupted.params)
+    assert losses(other) != losses(uninterrupted)
 
 
 def test_dropout_varies_by_step():
@@ -479,7 +478,7 @@ def test_the_scanned_layout_trains_to_the_same_losses(e2e, name):
 
 
 def test_a_bf16_base_trains_in_float32(at):
-    problem = tiny.problem(at, "bert", "rte", param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    problem = tiny.problem(at, "llama", "sst2", param_dtype=jnp.bfloat16, dtype=jnp.bfloat16, max_buckets=1)
     for m in (chain(lora(rank=2), head()), full()):
         fitted = fit_problem(problem, m, steps=30, learning_rate=2e-2)
         mask, after = flatten(m.trainable(fitted.params)), flatten(fitted.params)

@@ -54,6 +54,15 @@ TABLE: dict[str, Row] = {
 METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}
 
 
+def methods_table() -> str:
+    """The table of methods in Markdown."""
+    rows = ["| method | kind | trains | acts on | merges | rate | paper |", "|---|---|---|---|---|---|---|"]
+    for name, r in TABLE.items():
+        cells = [f"`{name}`", r.kind, r.trains, r.acts, "yes" if r.merges else "no", f"{r.rate:g}", r.paper]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def default_rate(method: Method, width: int) -> float:
     """The default learning rate of a method: the largest that a part of it, the task head left out, asks for."""
     rows = [TABLE[name] for name, _ in method.spec if name in TABLE]

@@ -227,6 +227,8 @@ def sites(c: Config, head: str) -> tuple[Site, ...]:
 
 def _check(c: Config) -> None:
     rope = c.rope_parameters
+    if c.head_dim % 2:
+        raise ValueError(f"head_dim {c.head_dim} is odd; rotary position embedding turns pairs of features")
     if unknown := sorted(set(rope) - ROPE_KEYS):
         raise ValueError(f"the rope parameters {unknown} are not known; known are {sorted(ROPE_KEYS)}")
     if rope["rope_type"] not in ROPE_TYPES:

@@ -1,0 +1,70 @@
+"""The README's code runs, its new method obeys the laws, and its tables are generated."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import transformers
+
+from peftjax import METHODS, hub, merge, partition
+from peftjax.checkpoint import load_adapter, save_adapter
+from peftjax.methods import methods_table
+from peftjax.tree import flatten, map_with_path
+
+README = Path(__file__).parents[1] / "README.md"
+TEXT = README.read_text()
+EXAMPLE, NEW_METHOD = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+
+
+def test_the_example_trains_and_merges():
+    names: dict = {}
+    exec(EXAMPLE, names)
+    first = np.log(64)  # of a fresh model, nearly uniform
+    assert names["value"] < 0.98 * first
+    assert flatten(names["plain"]).keys() == flatten(names["model"].params).keys()
+
+
+def test_the_new_method_is_short_and_obeys_the_laws(tmp_path):
+    assert len(NEW_METHOD.strip().splitlines()) <= 25
+    names: dict = {}
+    exec(NEW_METHOD, names)
+    try:
+        config = transformers.LlamaConfig(
+            vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4
+        )
+        model = hub.from_config(config, "causal-lm")
+        method = METHODS["krona"](p=4, q=2, scale=0.5)
+        params = method.init(jax.random.key(0), model.params, model.sites)
+        ids = {"input_ids": jnp.arange(12).reshape(2, 6)}
+        base = model.forward(model.params, ids).logits
+        np.testing.assert_allclose(model.forward(params, ids).logits, base, atol=1e-5)
+        trainable, _ = partition(params, method.trainable(params))
+        assert set(flatten(trainable)) == {p for p in flatten(params) if p.endswith(("kernel/a", "kernel/b"))}
+        loud = map_with_path(lambda p, x: x + 0.1 if p.endswith("kernel/b") else x, params)
+        out = model.forward(loud, ids).logits
+        assert float(jnp.abs(out - base).max()) > 1e-3
+        np.testing.assert_allclose(model.forward(merge(loud), ids).logits, out, atol=1e-4)
+        save_adapter(tmp_path / "a.safetensors", model, method, loud)
+        np.testing.assert_array_equal(model.forward(load_adapter(tmp_path / "a.safetensors", model).params, ids).logits, out)
+    finally:
+        METHODS.pop("krona", None)
+
+
+def test_the_table_of_methods_is_the_tables():
+    block = re.search(r"<!-- methods -->\n(.*?)\n<!-- /methods -->", TEXT, re.DOTALL)
+    assert block is not None
+    assert block[1].strip() == methods_table(), "write methods_table() between the marks"
+
+
+def test_every_file_of_the_package_is_in_the_tree():
+    package = README.parent / "peftjax"
+    for path in package.iterdir():
+        if path.name not in ("__init__.py", "__main__.py", "__pycache__"):
+            assert path.name in TEXT, f"{path.name} is not in the README's tree"
+
+
+def test_it_is_short():
+    prose = re.sub(r"```.*?```", "", TEXT.split("## Methods")[0], flags=re.DOTALL)
+    assert len(prose.split()) < 900
