@@ -110,8 +110,8 @@ def prepare(
     purpose, labels = "causal-lm", None
     if task.kind != "generation":
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
-    tokenizer = hub.load_tokenizer(model_name)
     model = hub.load(model_name, purpose, labels=labels, **load)
+    tokenizer = hub.load_tokenizer(model_name)
     reserved = reserve(model)
     room = model.max_length - reserved
     if room < 1:

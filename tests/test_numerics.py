@@ -149,7 +149,6 @@ def check(pair: Pair, theirs, method, params, links: dict[str, Link]) -> None:
     assert np.abs(expected.detach().numpy()[kept]).max() > 0.1
     for path, g in flatten(grads).items():
         reference = links[path].grad()
-        print("ERR", np.abs(g - reference).max(), np.abs(reference).max())
         np.testing.assert_allclose(g, reference, atol=TOLERANCE, rtol=TOLERANCE, err_msg=path)
         if "/key/bias" not in path:  # a key's bias moves all of BERT's scores alike: its gradient is zero
             assert np.abs(reference).max() > 1e-2, f"{path}: the reference has no gradient to compare"
@@ -331,7 +330,6 @@ def test_lora_on_look_up_and_head_of_a_tied_embedding(pair, key):
         jax.tree.leaves(jax.grad(loss)(trainable, True)),
         strict=True,
     ):
-        print("ERR", np.abs(g - reference).max(), np.abs(reference).max())
         np.testing.assert_allclose(g, reference, atol=TOLERANCE, rtol=TOLERANCE, err_msg=path)
 
 

@@ -219,6 +219,12 @@ def sites(c: Config, head: str) -> tuple[Site, ...]:
     return tuple(rows)
 
 
+def _check(c: Config) -> None:
+    if c.hidden_size % c.num_attention_heads:
+        raise ValueError(f"hidden_size {c.hidden_size} does not divide into {c.num_attention_heads} attention heads")
+    activation(c.hidden_act)
+
+
 FAMILY = Family(
     name="bert",
     config=Config,
@@ -229,5 +235,6 @@ FAMILY = Family(
     unused=(r"cls\..*", r"(bert\.)?embeddings\.position_ids", r"classifier\.(weight|bias)"),
     renames=((r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias")),
     fixed={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
+    check=_check,
     max_length=lambda c: c.max_position_embeddings,
 )

@@ -227,6 +227,10 @@ def sites(c: Config, head: str) -> tuple[Site, ...]:
 
 def _check(c: Config) -> None:
     rope = c.rope_parameters
+    if c.num_attention_heads % c.num_key_value_heads:
+        raise ValueError(
+            f"{c.num_attention_heads} attention heads do not divide into {c.num_key_value_heads} key/value heads"
+        )
     if c.head_dim % 2:
         raise ValueError(f"head_dim {c.head_dim} is odd; rotary position embedding turns pairs of features")
     if unknown := sorted(set(rope) - ROPE_KEYS):

@@ -1,0 +1,460 @@
+"""The command line as a user meets it: every verb, what it leaves, and one clear line for what is wrong."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+from conftest import SHARED, STORIES, needs_shared
+
+from peftjax import train
+from peftjax.cli import _rates, main
+
+QUICK = ("--steps", "3", "--batch-size", "8", "--buckets", "1")
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory):
+    """Two models and the data of four tasks."""
+    at = tmp_path_factory.mktemp("tiny")
+    for family in ("bert", "llama"):
+        tiny.folder(at / family, family)
+    for task in ("rte", "stsb", "e2e"):
+        tiny.data(at / task, task)
+    tiny.data(at / "banking77", "banking77", train=154, dev=20)
+    return at
+
+
+@pytest.fixture
+def call(capsys):
+    """Runs the command in this process; gives exit status, stdout and stderr."""
+
+    def run(*arguments):
+        status = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def base(at, family, task, /, **changes):
+    options = {"model": at / family, "task": task, "data": at / task} | changes
+    return [x for k, v in options.items() if v is not None for x in (f"--{k}", v)]
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+# Every verb
+
+
+def test_compare(at, tmp_path, call):
+    def compare(methods):
+        return call("compare", *base(at, "bert", "rte"), *QUICK, "--methods", methods, "--seeds", 2, "--out", tmp_path)
+
+    status, out, _ = compare("head, lora(rank=2, targets=['query'])")
+    assert status == 0
+    assert {"results.jsonl", "report.md", "pareto.png", "curves.png", "runs"} <= {p.name for p in tmp_path.iterdir()}
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    named = [(r["method"], r["seed"]) for r in rows]
+    assert named == [(m, s) for m in ("head", "lora(rank=2, targets=['query'])") for s in (0, 1)]
+    assert [r["trainable"] for r in rows[::2]] == [34, 34 + tiny.LAYERS * 2 * 2 * 16]
+    assert rows[0]["config"]["settings"]["learning_rate"] != rows[2]["config"]["settings"]["learning_rate"]
+    for row in rows:
+        assert row["peak_bytes"] > row["base_bytes"] > 0
+        assert row["adapter_bytes"] > 4 * row["trainable"]
+        assert row["compilations"] == 1
+        assert 0 < row["step_seconds"] < row["seconds"]
+    report = (tmp_path / "report.md").read_text()
+    losses = [r["scores"]["loss"] for r in rows if r["method"] == "head"]
+    cell = f"{np.mean(losses):.3f} ± {np.std(losses, ddof=1):.3f}"
+    assert cell in report
+    assert losses[0] != losses[1]
+    assert "±" in out
+    for name in ("pareto.png", "curves.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+    files = {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()}
+    status, again, _ = compare("head, lora(rank=2, targets=['query'])")
+    assert status == 0
+    assert again.count("already trained") == 4
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").rglob("*") if p.is_file()} == files
+    assert (tmp_path / "report.md").read_text() == report
+    assert [line for line in again.splitlines() if "│" in line] == [line for line in out.splitlines() if "│" in line]
+
+    status, more, _ = compare("head, bitfit, lora(rank=2, targets=['query'])")
+    assert status == 0
+    assert more.count("already trained") == 4
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+    assert len([p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bitfit")]) == 2
+
+
+@pytest.fixture(scope="module")
+def lora(at):
+    """A LoRA adapter for RTE."""
+    out = at / "lora"
+    main([str(x) for x in ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--out", out)])
+    return out
+
+
+def test_train_leaves_what_it_says(lora, at, call):
+    assert {p.name for p in lora.iterdir()} == {"adapter.safetensors", "config.json", "log.jsonl", "result.json"}
+    before = (lora / "adapter.safetensors").read_bytes()
+    status, out, err = call("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--out", lora)
+    assert (status, err) == (0, "")
+    assert "290 trained" in out
+    assert (lora / "adapter.safetensors").read_bytes() == before
+
+
+def test_evaluate_gives_the_scores_of_training(lora, at, call):
+    status, out, err = call("evaluate", *base(at, "bert", "rte"), "--adapter", lora / "adapter.safetensors")
+    assert (status, err) == (0, "")
+    assert out.strip() == ", ".join(f"{k} {v:.4g}" for k, v in result(lora)["scores"].items())
+    _, untrained, _ = call("evaluate", *base(at, "bert", "rte"))
+    assert untrained != out
+
+
+@pytest.mark.filterwarnings("ignore")  # of torch and transformers
+def test_merge_gives_a_folder_that_transformers_loads(lora, at, tmp_path, call, capsys):
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from peftjax import hub
+    from peftjax.checkpoint import load_adapter
+
+    adapter = lora / "adapter.safetensors"
+    arguments = ("merge", "--model", at / "bert", "--adapter", adapter, "--out", tmp_path / "merged")
+    status, _, err = call(*arguments)
+    assert (status, err) == (0, "")
+    merged = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert merged.config.id2label == {0: "entailment", 1: "not_entailment"}
+    text = [["good cat", "dog ran"], ["the red dog sat near", "bad"]]
+    tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")(text, padding=True, return_tensors="np")
+    model = hub.load(at / "bert", "classification", labels=["entailment", "not_entailment"])
+    batch = {"type_ids": tokens["token_type_ids"]} | {k: tokens[k] for k in ("input_ids", "attention_mask")}
+    ours = model.forward(load_adapter(adapter, model).params, batch).logits
+    with torch.no_grad():
+        theirs = merged(**{k: torch.tensor(v) for k, v in tokens.items()}).logits
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    before = (tmp_path / "merged/model.safetensors").read_bytes()
+    capsys.readouterr()  # torch's progress
+    fails(call(*arguments), "merged holds a model already; choose another --out")
+    assert (tmp_path / "merged/model.safetensors").read_bytes() == before
+
+
+def test_generation_with_a_prefix(at, tmp_path, call):
+    arguments = base(at, "llama", "e2e")
+    method = ("--method", "prefix(length=2, mlp=True, hidden=4)", "--lr", "0.05")
+    status, _, err = call("train", *arguments, *QUICK, *method, "--out", tmp_path / "run")
+    assert (status, err) == (0, "")
+    got = result(tmp_path / "run")
+    assert set(got["scores"]) == {"loss", "bleu"}
+    assert {"prompt", "output", "reference"} == set(got["samples"][0])
+    adapter = tmp_path / "run/adapter.safetensors"
+    (at / "short").mkdir()
+    rows = [json.loads(line) for line in (at / "e2e/dev.jsonl").read_text().splitlines()]
+    tiny.write_rows(at / "short/dev.jsonl", rows)  # no training file, so no longest completion to know
+    status, out, _ = call("evaluate", *base(at, "llama", "e2e", data=at / "short"), "--adapter", adapter)
+    assert status == 0
+    assert out.strip() == ", ".join(f"{k} {v:.4g}" for k, v in got["scores"].items())
+    out = call("merge", "--model", at / "llama", "--adapter", adapter, "--out", tmp_path / "merged")
+    fails(out, "cannot merge model/layers_0/self_attn/prefix: Prefix computes what no weight of the base can hold")
+    assert not list((tmp_path / "merged").glob("*"))
+
+
+@pytest.mark.parametrize(("task", "labels"), [("stsb", 1), ("banking77", 77)])
+def test_regression_and_many_classes(task, labels, at, tmp_path, call):
+    status, _, err = call("train", *base(at, "bert", task), *QUICK, "--method", "head", "--out", tmp_path)
+    assert (status, err) == (0, "")
+    got = result(tmp_path)
+    assert got["trainable"] == 17 * labels
+    assert set(got["scores"]) == {"loss"} | ({"pearson", "spearman"} if labels == 1 else {"accuracy"})
+
+
+def test_methods_lists_all(call):
+    from peftjax import METHODS
+
+    status, out, _ = call("methods")
+    assert status == 0
+    assert all(re.search(rf"\b{name}\b", out) for name in METHODS)
+
+
+def test_as_a_module():
+    got = subprocess.run([sys.executable, "-m", "peftjax", "methods"], capture_output=True, text=True, env=environment())
+    assert got.returncode == 0
+    assert "lora" in got.stdout
+
+
+@needs_shared
+def test_real_weights_and_real_data(tmp_path, call):
+    limits = ("--train-limit", 32, "--eval-limit", 2, "--steps", 2, "--batch-size", 8, "--buckets", 1)
+    real = ("--model", STORIES, "--task", "e2e", "--data", SHARED / "data/e2e")
+    status, out, err = call("train", *real, *limits, "--method", "lora", "--out", tmp_path)
+    assert (status, err) == (0, "")
+    assert "the first 32 training rows only" in out
+    assert result(tmp_path)["scores"]["loss"] < 6
+
+
+# Bad input
+
+
+def fails(got, said):
+    status, _, err = got
+    assert status == 1
+    assert said in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def never(monkeypatch):
+    """Training would be seen."""
+
+    def fit(*args, **kwargs):
+        raise AssertionError("trained")
+
+    monkeypatch.setattr("peftjax.run.fit", fit)
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    """Loading a model would be seen."""
+
+    def load(*args, **kwargs):
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr("peftjax.hub.load", load)
+
+
+def broken(at, name, **files):
+    """A copy of the RTE folder with some files changed."""
+    folder = at / name
+    folder.mkdir(exist_ok=True)
+    for split in ("train", "dev"):
+        text = (at / f"rte/{split}.jsonl").read_text()
+        (folder / f"{split}.jsonl").write_text(files.get(split, text))
+    return folder
+
+
+def changed_config(at, name, **changes):
+    folder = at / name
+    folder.mkdir(exist_ok=True)
+    for file in (at / "bert").iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((at / "bert/config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+BAD = {
+    "folder": (lambda at: {"model": at / "nowhere"}, "nowhere is no folder"),
+    "no model in it": (lambda at: {"model": at / "rte"}, "has no config.json"),
+    "architecture": (lambda at: {"model": changed_config(at, "bad1", model_type="t5")}, "peftjax has the families"),
+    "config value": (
+        lambda at: {"model": changed_config(at, "bad2", is_decoder=True)},
+        "values that the model does not honour: is_decoder=True",
+    ),
+    "task": (lambda at: {"task": "rtee"}, "No task 'rtee'; did you mean 'rte'?"),
+    "no data folder": (lambda at: {"data": at / "no/such/data"}, "is not a folder"),
+    "no data file": (lambda at: {"data": at / "bert"}, "has no train file of task 'rte'"),
+    "label": (
+        lambda at: {"data": broken(at, "bad3", train='{"sentence1": "a", "sentence2": "b", "label": "maybe"}\n')},
+        "train.jsonl, line 1: label 'maybe' is not one of task 'rte'",
+    ),
+    "empty file": (lambda at: {"data": broken(at, "bad4", dev="")}, "dev.jsonl holds no rows"),
+    "JSON": (
+        lambda at: {"data": broken(at, "bad5", dev=(at / "rte/dev.jsonl").read_text() + '{"sentence1": \n')},
+        "dev.jsonl, line 9: malformed JSON",
+    ),
+    "method": (lambda at: {"method": "lorra"}, "there is no method 'lorra'; the methods are"),
+    "argument": (lambda at: {"method": "lora(rang=3)"}, "its arguments are ['rank', 'alpha'"),
+    "two methods": (lambda at: {"method": "lora,head"}, "train takes one method"),
+    "syntax": (lambda at: {"method": "lora(rank="}, "cannot read the methods 'lora(rank='"),
+    "pattern": (
+        lambda at: {"method": "lora(targets=['bert/encoder/layer_9/attention/self/query/kernel'])"},
+        "the nearest paths are ['bert/encoder/layer_1/attention/self/query/kernel'",
+    ),
+    "rank": (lambda at: {"method": "lora(rank=17)"}, "rank 17 is larger than the matrix bert/encoder/layer_0/"),
+    "prefix without room": (lambda at: {"method": "prefix(length=64)"}, "64 virtual tokens leave no room"),
+    "rate": (lambda at: {"lr": "nan"}, "learning_rate must be a number above 0; got nan"),
+    "accumulate": (lambda at: {"accumulate": 0}, "accumulate must be at least 1"),
+    "train limit": (lambda at: {"train-limit": 0}, "train_limit must be at least 1; got 0"),
+    "max length": (lambda at: {"max-length": -3}, "max_length must be at least 1; got -3"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_clear_line(name, at, tmp_path, call, never):
+    change, said = BAD[name]
+    arguments = base(at, "bert", "rte", **{"batch-size": 8, "out": tmp_path / "run"} | change(at))
+    fails(call("train", *arguments), said)
+    assert not list(tmp_path.rglob("*.*"))  # no file was left
+
+
+def test_a_text_longer_than_the_model_is_counted(at, tmp_path, call, never):
+    long = {"mr": "name[The Cat]", "ref": "the cat " * 40}
+    folder = tiny.data(at / "long", "e2e")
+    tiny.write_rows(folder / "train.jsonl", [*tiny.rows("e2e", 3), long, long])
+    got = call("train", *base(at, "llama", "e2e", data=folder), "--method", "lora", "--out", tmp_path)
+    fails(got, "2 of 5 texts of task 'e2e' are longer than 64 tokens")
+
+
+def test_a_text_is_cut_where_the_task_says_so_and_counted(at, tmp_path, call):
+    arguments = ("--max-length", 8, "--method", "head", "--steps", 1, "--batch-size", 8, "--out", tmp_path)
+    status, out, _ = call("train", *base(at, "bert", "rte"), *arguments)
+    assert status == 0
+    assert re.search(r"note: \d+ of 24 training texts cut to 8 tokens", out)
+
+
+@pytest.mark.parametrize("verb", ["train", "compare", "merge"])
+def test_an_unwritable_out_is_found_before_the_model_is_loaded(verb, at, lora, tmp_path, call, no_model):
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file/below", Path("/proc/nowhere")):
+        arguments = base(at, "bert", "rte")
+        if verb == "merge":
+            arguments = ("--model", at / "bert", "--adapter", lora / "adapter.safetensors")
+        fails(call(verb, *arguments, "--out", out), f"cannot write into the output folder {out}")
+    assert (tmp_path / "file").read_text() == ""
+
+
+def test_a_folder_of_another_configuration_is_refused(lora, at, call, never):
+    before = {p.name: p.read_bytes() for p in lora.iterdir()}
+    got = call("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=3)", "--lr", 0.1, "--out", lora)
+    fails(got, "holds a run of another configuration (different: settings, spec); choose another --out")
+    assert {p.name: p.read_bytes() for p in lora.iterdir()} == before
+
+
+def test_an_adapter_that_does_not_fit(lora, at, tmp_path, call):
+    adapter = lora / "adapter.safetensors"
+    tiny.folder(tmp_path / "other", "bert", seed=1)
+    other = base(at, "bert", "rte", model=tmp_path / "other")
+    fails(call("evaluate", *other, "--adapter", adapter), "is an adapter for another base")
+    fails(call("evaluate", *base(at, "bert", "stsb"), "--adapter", adapter), "was trained for the labels")
+    (tmp_path / "half").write_bytes(adapter.read_bytes()[:2000])
+    fails(call("evaluate", *base(at, "bert", "rte"), "--adapter", tmp_path / "half"), "truncated or corrupted")
+    fails(call("evaluate", *base(at, "bert", "rte"), "--adapter", tmp_path / "none"), "there is no adapter file")
+    merge = ("merge", "--model", tmp_path / "other", "--adapter", adapter, "--out", tmp_path / "merged")
+    fails(call(*merge), "is an adapter for another base")
+
+
+def test_compare_finds_bad_input_before_training(at, tmp_path, call, never):
+    compare = ("compare", *base(at, "bert", "rte"), "--out", tmp_path, "--methods")
+    fails(call(*compare, "head,lora(rank=99)"), "rank 99 is larger")
+    fails(call(*compare, "head,lora", "--lr", "head=1e-3,lora=-1"), "learning_rate must be a number above 0; got -1.0")
+    fails(call(*compare, "head,lora", "--lr", "prefix=1e-3"), "a learning rate is given for 'prefix'")
+    fails(call(*compare, "head", "--seeds", 0), "seeds must be at least 1; got 0")
+    fails(call(*compare, "head", "--lr", "fast"), "cannot read the learning rate 'fast'")
+    assert not list(tmp_path.rglob("*.*"))
+
+
+def test_a_method_that_diverges_is_left_out_and_said(at, tmp_path, call):
+    compare = ("compare", *base(at, "bert", "rte"), *QUICK, "--out", tmp_path, "--methods")
+    status, out, _ = call(*compare, "head,bitfit", "--lr", "bitfit=1e38", "--weight-decay", 0, "--clip", 0)
+    assert status == 0
+    assert "bitfit seed 0 is left out: bitfit+head: at step" in out
+    rows = [json.loads(line)["method"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert rows == ["head"]
+
+
+def test_rates():
+    assert _rates("") == {}
+    assert _rates("1e-3") == {"": 1e-3}
+    assert _rates("full=1e-4, lora=2e-3,3") == {"full": 1e-4, "lora": 2e-3, "": 3.0}
+    many = "lora(rank=4,targets=['(q|k)_.*', 'v'])=1e-3, lora + bitfit=2"
+    assert _rates(many) == {"lora(rank=4, targets=['(q|k)_.*', 'v'])": 1e-3, "lora+bitfit": 2.0}
+    for bad in ("x", "lora=fast", "lora=", "1e-3,lora"):
+        with pytest.raises(ValueError, match="cannot read the learning rate"):
+            _rates(bad)
+
+
+# Interrupted and killed
+
+
+def test_ctrl_c_saves_the_state_and_says_how_to_resume(at, tmp_path, call, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["peftjax", "train", "--method", "lora(rank=2)"])
+    noted = train._note
+
+    def interrupt(log, pending, *args):
+        noted(log, pending, *args)
+        if pending[0] == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    arguments = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 6, "--out")
+    with monkeypatch.context() as m:
+        m.setattr(train, "_note", interrupt)
+        status, _, err = call(*arguments, tmp_path / "cut")
+    assert status == 130
+    assert "its state is saved in" in err
+    assert "run the same command again: peftjax train --method 'lora(rank=2)'" in err
+    assert err.count("\n") == 1
+    assert call(*arguments, tmp_path / "cut")[0] == 0
+    assert call(*arguments, tmp_path / "whole")[0] == 0
+    assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole")
+
+
+def adapter_of(folder):
+    return (folder / "adapter.safetensors").read_bytes()
+
+
+def environment():
+    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(Path(__file__).parents[1])}
+
+
+def test_killed_at_ten_random_moments_it_ends_with_the_same_adapter(at, tmp_path):
+    """Two kills at any moment of the command's life, five soon after a new step, three while a state is written."""
+    arguments = base(at, "bert", "rte") + ["--method", "lora(rank=2, dropout=0.1)", "--steps", 200, "--batch-size", 8]
+    arguments += ["--buckets", 1, "--eval-every", 40, "--save-every", 2, "--out"]
+    cut, rng = tmp_path / "cut", random.Random(0)
+
+    def start(folder):
+        command = [sys.executable, "-m", "peftjax", "train", *map(str, arguments), str(folder)]
+        return subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def steps():
+        return (cut / "log.jsonl").read_bytes().count(b"\n") if (cut / "log.jsonl").exists() else 0
+
+    def writing():
+        return any((cut / "state").glob("*.orbax-checkpoint-tmp*"))
+
+    def wait_for(happens, process):
+        deadline = time.monotonic() + 120
+        while not happens() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+
+    began = time.monotonic()
+    assert start(tmp_path / "whole").wait() == 0
+    whole = time.monotonic() - began
+    moments = ["any", "step", "any", "step", "state", "step", "state", "step", "state", "step"]
+    reached, half_written = [], 0
+    for moment in moments:
+        process, before = start(cut), steps()
+        if moment == "any":
+            time.sleep(rng.uniform(0.1, 0.6) * whole)
+        else:
+            wait_for(lambda before=before: steps() > before, process)
+            time.sleep(rng.uniform(0, 0.15))
+        if moment == "state":
+            wait_for(writing, process)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+        reached.append(steps())
+        half_written += moment == "state" and writing()
+    assert half_written, "no kill met a state half written"
+    assert len(set(reached)) >= 5, reached
+    assert not (cut / "adapter.safetensors").exists()
+    assert start(cut).wait() == 0
+    assert adapter_of(cut) == adapter_of(tmp_path / "whole")
+    assert result(cut)["history"] == result(tmp_path / "whole")["history"]
+    assert not (cut / "state").exists()
