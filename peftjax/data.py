@@ -129,15 +129,12 @@ def _hub(task: Task, source: str | Path | None) -> _Source:
     def read(split: str) -> Iterator[tuple[str, Row]]:
         if split not in hub.splits:
             raise ValueError(
-                f"Task {task.name!r} has no {split!r} split with labels on {hub.name}; "
-                f"it has: {', '.join(hub.splits)}."
+                f"Task {task.name!r} has no {split!r} split with labels on {hub.name}; it has: {', '.join(hub.splits)}."
             )
         import datasets  # here, for it takes a second and folders do without
 
         try:
-            table = datasets.load_dataset(
-                hub.name, hub.config, split=hub.splits[split], revision=hub.revision
-            )
+            table = datasets.load_dataset(hub.name, hub.config, split=hub.splits[split], revision=hub.revision)
         except (OSError, ValueError, RuntimeError) as error:
             raise FileNotFoundError(
                 f"{hub.name!r} (config {hub.config}, split {hub.splits[split]!r}) is neither a folder under "
@@ -157,9 +154,7 @@ def _hub(task: Task, source: str | Path | None) -> _Source:
 def _find_hub(task: Task, source: str | Path | None) -> Hub:
     if source is None:
         if task.hub is None:
-            raise ValueError(
-                f"Task {task.name!r} names no Hugging Face data set; give a folder with its files."
-            )
+            raise ValueError(f"Task {task.name!r} names no Hugging Face data set; give a folder with its files.")
         return task.hub
     name, _, config = str(source).partition(":")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name):  # what no repository can be called must be a path
@@ -174,13 +169,9 @@ def _find_hub(task: Task, source: str | Path | None) -> Hub:
 def _class_names(task: Task, features: Mapping[str, Any]) -> dict[str, list[str]]:
     """The target's, if it is a ClassLabel whose names are the task's labels: the order may differ."""
     targets = [column for column in features if task.aliases.get(column, column) == task.target]
-    named = {
-        column: getattr(features[column], "names", ()) for column in targets
-    }  # only a ClassLabel has names
+    named = {column: getattr(features[column], "names", ()) for column in targets}  # only a ClassLabel has names
     ours = None if task.labels is None else set(map(str, task.labels))
-    return {
-        column: names for column, names in named.items() if names and (ours is None or ours >= set(names))
-    }
+    return {column: names for column, names in named.items() if names and (ours is None or ours >= set(names))}
 
 
 def _checked(task: Task, source: _Source, split: str) -> list[Row]:
@@ -303,9 +294,7 @@ def _encode_texts(
     task: Task, rows: Sequence[Row], tokenizer: Any, limit: int, for_generation: bool
 ) -> tuple[list[Example], list[int]]:
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "The tokenizer has no end-of-text token, so no text would end; set tokenizer.eos_token."
-        )
+        raise ValueError("The tokenizer has no end-of-text token, so no text would end; set tokenizer.eos_token.")
     references: list[list[str] | None] = [None] * len(rows)
     if for_generation:
         groups: dict[tuple[str, ...], list[Row]] = {}

@@ -172,11 +172,14 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
 
     Raises:
       ValueError: a node cannot be merged (a prefix, say), a parameter has no place in the model (a bias
-        where the architecture has none), or one is missing or of another shape.
+        where the config can name none), or one is missing or of another shape.
     """
     folder = Path(folder)
-    expected = flatten(_shapes(model))
     merged = flatten(merge(unstack_layers(params)))
+    expected = flatten(_shapes(model))
+    if all(p.endswith("/bias") for p in set(merged) - set(expected)) and set(merged) - set(expected):
+        model, merged = _with_biases(model, merged)
+        expected = flatten(_shapes(model))
     architecture = model.hf_config.architectures[0]
     if extra := sorted(set(merged) - set(expected)):
         raise ValueError(
@@ -206,6 +209,16 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def _with_biases(model: Model, merged: dict[str, jax.Array]) -> tuple[Model, dict[str, jax.Array]]:
+    """The model whose config gives its linear layers biases, if it can; those that no method made are zero."""
+    config = copy.deepcopy(model.hf_config)
+    for key in model.family.bias_keys:
+        setattr(config, key, True)
+    wide = _describe(config, None, model.module.dtype, model.module.remat, "the merged model")
+    zeros = {p: jnp.zeros(x.shape, x.dtype) for p, x in flatten(wide.params).items() if p.endswith("/bias")}
+    return wide, zeros | merged
 
 
 def fingerprint(model: Model) -> str:

@@ -64,9 +64,7 @@ def bleu(predictions: Values, references: Values) -> float:
     lists = [_as_list(reference) for reference in references]
     # sacrebleu wants the k-th reference of every example as one stream, with None where an example has fewer
     streams = [[refs[k] if k < len(refs) else None for refs in lists] for k in range(max(map(len, lists)))]
-    metric = BLEU(
-        lowercase=True, tokenize="13a", force=True
-    )  # force: no advice about detokenising on the log
+    metric = BLEU(lowercase=True, tokenize="13a", force=True)  # force: no advice about detokenising on the log
     return float(metric.corpus_score(list(predictions), streams).score)  # pyright: ignore[reportArgumentType] (None is documented)
 
 
@@ -102,9 +100,7 @@ def score(metrics: Sequence[str], predictions: Values, references: Values) -> di
             meant = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"No metric {name!r}{meant} Known: {', '.join(METRICS)}.")
     if len(predictions) != len(references) or len(references) == 0:
-        raise ValueError(
-            f"{len(predictions)} predictions for {len(references)} references; expected one each."
-        )
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references; expected one each.")
     return {name: METRICS[name](predictions, references) for name in metrics}
 
 

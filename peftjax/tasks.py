@@ -83,9 +83,7 @@ def e2e_fields(mr: str) -> list[tuple[str, str]]:
     """
     field = r"([^\[\],]+)\[([^\[\]]*)\]"
     if not re.fullmatch(rf"{field}(, *{field})*", mr):
-        raise ValueError(
-            f"E2E meaning representation {mr!r} is not of the form 'name[The Duck], area[riverside]'."
-        )
+        raise ValueError(f"E2E meaning representation {mr!r} is not of the form 'name[The Duck], area[riverside]'.")
     return [(name.strip(), value) for name, value in re.findall(field, mr)]
 
 

@@ -167,13 +167,13 @@ def test_one_flipped_byte_anywhere_is_found(saved, base):
         broken = bytearray(data)
         broken[at] ^= int(rng.integers(1, 256))
         saved.write_bytes(broken)
+        said, got = "", None
         try:
             got = load_adapter(saved, base).params
         except ValueError as e:
-            assert "a.safetensors" in str(e)
-        else:  # a blank between two signs of the header may become another blank
-            assert at < start, at
-            assert tiny.same(got, whole), at
+            said = str(e)
+        # a blank between two signs of the header may become another blank
+        assert "a.safetensors" in said or (at < start and tiny.same(got, whole)), at
 
 
 def test_missing_and_unknown_tensors_are_named(saved, base):
@@ -186,7 +186,7 @@ def test_missing_and_unknown_tensors_are_named(saved, base):
 
 
 def test_files_that_are_no_adapters(tmp_path, base):
-    with pytest.raises(FileNotFoundError, match="there is no adapter file .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no adapter file .*nowhere"):
         load_adapter(tmp_path / "nowhere", base)
     with pytest.raises(FileNotFoundError, match="there is no adapter file"):
         read_header(tmp_path)
@@ -232,6 +232,7 @@ def test_an_array_at_a_place_that_the_base_lacks(base, tmp_path):
     save_adapter(tmp_path / "a", base, m, base.params)
     tensors = load_file(tmp_path / "a")
     tensors["model/nrm/scale"] = tensors.pop("model/norm/scale")
+
     def rename(header):
         header["arrays"] = sorted(tensors)
         header["digest"] = checkpoint._digest(tensors)
@@ -243,13 +244,11 @@ def test_an_array_at_a_place_that_the_base_lacks(base, tmp_path):
 
 def test_what_would_be_lost_is_an_error(base, tmp_path):
     path = "model/layers_0/self_attn/q_proj/bias"
-    m = method(
-        "hidden", {}, lambda key, p, sites: update(p, {path: jnp.ones(16)}), full().trainable, saved=head_only
-    )
+    m = method("hidden", {}, lambda key, p, sites: update(p, {path: jnp.ones(16)}), full().trainable, saved=head_only)
     with pytest.raises(ValueError, match=rf"does not save \['{path}'\], and they are not the base's"):
         save_adapter(tmp_path / "a", base, m, m.init(jax.random.key(0), base.params, base.sites))
     half = lora(rank=2)._replace(saved=head_only)
-    with pytest.raises(ValueError, match="the method does not save .*/kernel/a, and it is not the base's"):
+    with pytest.raises(ValueError, match=r"the method does not save .*/kernel/a, and it is not the base's"):
         save_adapter(tmp_path / "a", base, half, adapted(lora(rank=2), base))
     assert not list(tmp_path.iterdir())
 

@@ -143,7 +143,7 @@ def test_merge_gives_a_folder_that_transformers_loads(lora, at, tmp_path, call, 
     tokens = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")(text, padding=True, return_tensors="np")
     model = hub.load(at / "bert", "classification", labels=["entailment", "not_entailment"])
     batch = {"type_ids": tokens["token_type_ids"]} | {k: tokens[k] for k in ("input_ids", "attention_mask")}
-    ours = model.forward(load_adapter(adapter, model).params, batch).logits
+    ours = np.asarray(model.forward(load_adapter(adapter, model).params, batch).logits)
     with torch.no_grad():
         theirs = merged(**{k: torch.tensor(v) for k, v in tokens.items()}).logits
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
@@ -191,7 +191,9 @@ def test_methods_lists_all(call):
 
 
 def test_as_a_module():
-    got = subprocess.run([sys.executable, "-m", "peftjax", "methods"], capture_output=True, text=True, env=environment())
+    got = subprocess.run(
+        [sys.executable, "-m", "peftjax", "methods"], capture_output=True, text=True, env=environment()
+    )
     assert got.returncode == 0
     assert "lora" in got.stdout
 
@@ -414,7 +416,8 @@ def environment():
 
 def test_killed_at_ten_random_moments_it_ends_with_the_same_adapter(at, tmp_path):
     """Two kills at any moment of the command's life, five soon after a new step, three while a state is written."""
-    arguments = base(at, "bert", "rte") + ["--method", "lora(rank=2, dropout=0.1)", "--steps", 200, "--batch-size", 8]
+    method = "lora(rank=2, dropout=0.1, targets=['model/layers_0/self_attn/q_proj/kernel'])"  # dropout compiles slowly
+    arguments = [*base(at, "llama", "rte"), "--method", method, "--steps", 200, "--batch-size", 8]
     arguments += ["--buckets", 1, "--eval-every", 40, "--save-every", 2, "--out"]
     cut, rng = tmp_path / "cut", random.Random(0)
 

@@ -26,9 +26,7 @@ def tokenizer(name):
 
 
 def write(folder, name, *lines):
-    (folder / name).write_text(
-        "\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n", "utf-8"
-    )
+    (folder / name).write_text("\n".join(x if isinstance(x, str) else json.dumps(x) for x in lines) + "\n", "utf-8")
 
 
 # Rows
@@ -229,8 +227,7 @@ def test_pairs_are_joined_by_the_tokenizer_and_cut_where_the_task_says_so():
     assert short.longest == max(lengths)
     assert [len(e.input_ids) for e in short.examples] == [min(length, 40) for length in lengths]
     assert all(
-        len(e.input_ids) == len(e.type_ids or ()) and e.input_ids[-1] == bert.sep_token_id
-        for e in short.examples
+        len(e.input_ids) == len(e.type_ids or ()) and e.input_ids[-1] == bert.sep_token_id for e in short.examples
     )
 
     with pytest.raises(
@@ -298,9 +295,7 @@ def test_a_long_prompt_loses_its_beginning_and_a_completion_nothing():
     with pytest.raises(ValueError, match="No rows of task 'answers'"):
         encode(ANSWERS, [], llama, None)
     with pytest.raises(ValueError, match="joins the end of the prompt"):
-        encode(
-            ANSWERS._replace(prompt=lambda row: "the lit"), [{"question": "", "answer": "x"}], Joining(), None
-        )
+        encode(ANSWERS._replace(prompt=lambda row: "the lit"), [{"question": "", "answer": "x"}], Joining(), None)
 
 
 class Joining:
@@ -388,11 +383,7 @@ def test_order_follows_seed_and_epoch():
     examples, buckets = examples_of(lengths), (8, 16, 32)
 
     def order(seed, epoch):
-        return [
-            i
-            for step in plan(examples, 4, buckets, shuffle_seed=seed, epoch=epoch)
-            for i in step.index.tolist()
-        ]
+        return [i for step in plan(examples, 4, buckets, shuffle_seed=seed, epoch=epoch) for i in step.index.tolist()]
 
     orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
     assert orders == [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]

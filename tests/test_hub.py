@@ -72,7 +72,7 @@ def assert_equal_trees(a, b):
         np.testing.assert_array_equal(a[path], b[path], err_msg=path)
 
 
-def logits(model, params=None, length=7, **batch):
+def outputs(model, params=None, length=7, **batch) -> Any:
     ids = np.random.default_rng(1).integers(0, 30, (2, length))
     batch = {"input_ids": jnp.asarray(ids), **batch}
     return model.forward(model.params if params is None else params, batch)
@@ -294,7 +294,7 @@ def test_shards(sharded):
     assert shards[0] == f"model-00001-of-{len(shards):05d}.safetensors"
     assert_equal_trees(hub.load(sharded).params, tiny().params)
     got = torch_logits(sharded, "LlamaForCausalLM").logits
-    np.testing.assert_allclose(logits(tiny()).logits, got, atol=1e-4)
+    np.testing.assert_allclose(outputs(tiny()).logits, got, atol=1e-4)
 
 
 def test_saving_again_leaves_no_stale_shards(sharded, monkeypatch):
@@ -394,7 +394,7 @@ def test_base_file_into_a_classifier(tmp_path, family, head):
     assert not jnp.array_equal(flatten(model.params)[head[-1]], flatten(other.params)[head[-1]])
     base = flatten(tiny(family, "encoder").params)
     assert_equal_trees({p: flatten(model.params)[p] for p in base}, base)
-    assert logits(model).logits.shape == (2, 3)
+    assert outputs(model).logits.shape == (2, 3)
 
 
 def test_files_of_other_heads(tmp_path):
@@ -486,8 +486,8 @@ def test_merged_models_load_in_transformers(tmp_path, family, task, cls, extra, 
     method = chain(lora(rank=2, alpha=5, targets=["linear", "embedding"]), bitfit())
     mask = method.trainable(params := method.init(key, model.params, model.sites))
     params = jax.tree.map(lambda x, m: x + 0.1 * jax.random.normal(key, x.shape) if m else x, params, mask)
-    want = logits(model, params)
-    assert jnp.abs(want.hidden - logits(model).hidden).max() > 0.01
+    want = outputs(model, params)
+    assert jnp.abs(want.hidden - outputs(model).hidden).max() > 0.01
     hub.save(model, stack_layers(params), tmp_path)
     got = torch_logits(tmp_path, cls)
     if task == "encoder":
@@ -495,7 +495,7 @@ def test_merged_models_load_in_transformers(tmp_path, family, task, cls, extra, 
         np.testing.assert_allclose(want.pooled, got.pooler_output, atol=1e-4)
     else:
         np.testing.assert_allclose(want.logits, got.logits, atol=1e-4)
-    np.testing.assert_allclose(logits(hub.load(tmp_path)).hidden, want.hidden, atol=1e-4)
+    np.testing.assert_allclose(outputs(hub.load(tmp_path)).hidden, want.hidden, atol=1e-4)
 
 
 def test_the_saved_config_names_the_dtype_of_the_file(tmp_path):
@@ -506,15 +506,28 @@ def test_the_saved_config_names_the_dtype_of_the_file(tmp_path):
     hub.save(model, model.params, tmp_path / "new")
     assert json.loads((tmp_path / "new/config.json").read_text())["dtype"] == "float32"
     got = torch_logits(tmp_path / "new", "LlamaForCausalLM").logits
-    np.testing.assert_allclose(logits(model).logits, got, atol=1e-4)
+    np.testing.assert_allclose(outputs(model).logits, got, atol=1e-4)
     hub.save(model, model.params, tmp_path / "half", param_dtype=jnp.bfloat16)
     assert json.loads((tmp_path / "half/config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.parametrize("method", [bitfit(create=True), bitfit(["query"], create=True)], ids=["all", "query"])
+def test_biases_that_a_method_created_are_exported(tmp_path, key, method):
+    """The config then names them; those of other layers are zero."""
+    model = tiny()
+    params = map_with_path(
+        lambda p, x: x + 0.3 if p.endswith("/bias/value") else x, method.init(key, model.params, model.sites)
+    )
+    hub.save(model, params, tmp_path / "out")
+    want = outputs(model, params).logits
+    assert float(jnp.abs(want - outputs(model).logits).max()) > 1e-2
+    np.testing.assert_allclose(want, torch_logits(tmp_path / "out", "LlamaForCausalLM").logits, atol=1e-4)
+
+
 def test_save_refuses_what_the_architecture_cannot_hold(tmp_path, key):
     model = tiny()
-    params = bitfit(create=True).init(key, model.params, model.sites)
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no place for .*self_attn.*bias.*\(14 parameters\)"):
+    params = update(model.params, {"model/norm/bias": jnp.zeros(16)})
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has no place for \['model/norm/bias'\] \(1 parameters\)"):
         hub.save(model, params, tmp_path / "out")
     params = prefix(length=2).init(key, model.params, model.sites)
     with pytest.raises(ValueError, match="cannot merge model/layers_0/self_attn/prefix"):

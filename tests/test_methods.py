@@ -108,7 +108,9 @@ CASES = {
         lambda s, n: LAYERS * (D + s.mlp_in * FF),
     ),
     "lora": Case(
-        lora(rank=3, alpha=5), r".*/(query|value|q_proj|v_proj)/kernel/[ab]", lambda s, n: _lora_count(3, (D, D), (D, s.kv))
+        lora(rank=3, alpha=5),
+        r".*/(query|value|q_proj|v_proj)/kernel/[ab]",
+        lambda s, n: _lora_count(3, (D, D), (D, s.kv)),
     ),
     "rslora-dropout": Case(
         lora(rank=2, alpha=7, rslora=True, dropout=0.3, targets=["key"]),
@@ -116,7 +118,12 @@ CASES = {
         lambda s, n: _lora_count(2, (D, s.kv)),
     ),
     "lora-patterns": Case(
-        lora(rank=1, targets=["linear", "embedding"], rank_pattern={"mlp_out": 4, ".*_0/.*": 2}, alpha_pattern={"query": 9}),
+        lora(
+            rank=1,
+            targets=["linear", "embedding"],
+            rank_pattern={"mlp_out": 4, ".*_0/.*": 2},
+            alpha_pattern={"query": 9},
+        ),
         r".*(layer|layers)_\d+/.*/kernel/[ab]|.*(word_embeddings|embed_tokens)/embedding/[ab]",
         lambda s, n: (
             (VOCAB + D)
@@ -260,13 +267,11 @@ def test_law_5_merging_keeps_the_function(models, family, name):
 def test_law_6_files(models, family, name, tmp_path):
     case, model = CASES[name], models[family]
     params = _noise(_adapt(model, case.method), 0.2)
-    trainable, frozen = partition(params, case.method.trainable(params))
+    trainable, _ = partition(params, case.method.trainable(params))
     base = jax.tree.map(lambda x: x, model.params)
     if case.base_frozen:  # put the untouched base back under the noisy trainables
         clean, _ = partition(_adapt(model, case.method), jax.tree.map(lambda m: not m, case.method.trainable(params)))
-        params = jax.tree.map(
-            lambda t, f: f if t is None else t, trainable, clean, is_leaf=lambda x: x is None
-        )
+        params = jax.tree.map(lambda t, f: f if t is None else t, trainable, clean, is_leaf=lambda x: x is None)
     size = save_adapter(tmp_path / "a.safetensors", model, case.method, params)
     assert size == (tmp_path / "a.safetensors").stat().st_size
     loaded = load_adapter(tmp_path / "a.safetensors", model)

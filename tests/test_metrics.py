@@ -72,9 +72,7 @@ def test_nan_predictions_raise():
 
 
 @needs_e2e
-@pytest.mark.parametrize(
-    "system", ["ukp_model_d_seed1_dev.txt", "ukp_model_d_seed12_dev.txt", "ukp_model_t_dev.txt"]
-)
+@pytest.mark.parametrize("system", ["ukp_model_d_seed1_dev.txt", "ukp_model_d_seed12_dev.txt", "ukp_model_t_dev.txt"])
 def test_bleu_equals_the_official_e2e_script(system):
     """547 outputs with 1 to 43 references each; expected: the official script, published to four digits."""
     expected = json.loads((E2E / "metric_examples/reference_scores.json").read_text("utf-8"))[system]

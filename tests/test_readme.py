@@ -47,7 +47,9 @@ def test_the_new_method_is_short_and_obeys_the_laws(tmp_path):
         assert float(jnp.abs(out - base).max()) > 1e-3
         np.testing.assert_allclose(model.forward(merge(loud), ids).logits, out, atol=1e-4)
         save_adapter(tmp_path / "a.safetensors", model, method, loud)
-        np.testing.assert_array_equal(model.forward(load_adapter(tmp_path / "a.safetensors", model).params, ids).logits, out)
+        np.testing.assert_array_equal(
+            model.forward(load_adapter(tmp_path / "a.safetensors", model).params, ids).logits, out
+        )
     finally:
         METHODS.pop("krona", None)
 

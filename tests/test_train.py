@@ -55,7 +55,8 @@ def toy_epoch(number, n=5, rows=8):
         yield {"x": x.astype(np.float32), "y": y.astype(np.float32), "weight": weight.astype(np.float32)}
 
 
-def fit_toy(m=None, settings=Settings(epochs=2, learning_rate=0.1), loss=squares, **kwargs):
+def fit_toy(m=None, settings=None, loss=squares, **kwargs):
+    settings = settings or Settings(epochs=2, learning_rate=0.1)
     return fit(PARAMS, m or toy(), loss, toy_epoch, 5, settings, **kwargs)
 
 
@@ -155,7 +156,7 @@ def test_the_rate_is_the_formula(name, warmup):
             share = (step - rise) / max(total - rise, 1)
             falls = {"linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2, "constant": 1}
             expected = peak * falls[name]
-        assert float(rate(step)) == pytest.approx(expected, rel=1e-5, abs=1e-6), step
+        assert np.asarray(rate(step)).item() == pytest.approx(expected, rel=1e-5, abs=1e-6), step
 
 
 def adamw_by_hand(values, gradients, settings, total):
@@ -171,7 +172,7 @@ def adamw_by_hand(values, gradients, settings, total):
             m[p], v[p] = 0.9 * m[p] + 0.1 * g[p], 0.999 * v[p] + 0.001 * g[p] ** 2
             update = m[p] / (1 - 0.9 ** (t + 1)) / (np.sqrt(v[p] / (1 - 0.999 ** (t + 1))) + 1e-8)
             decay = settings.weight_decay * values[p] if p == "lin/kernel" else 0
-            values[p] = values[p] - float(rate(t)) * (update + decay)
+            values[p] = values[p] - np.asarray(rate(t)).item() * (update + decay)
     return values
 
 
@@ -224,13 +225,13 @@ def test_penalty_and_optimizer_of_the_method_are_used():
         def init(params):
             return tx.init(params), jnp.zeros((), jnp.int32)
 
-        def update(grads, state, params, *, key, step, **extra):
-            updates, inner = tx.update(grads, state[0], params, key=key, step=step, **extra)
+        def update(updates, state, params=None, *, key, step, **extra):
+            updates, inner = tx.update(updates, state[0], params, key=key, step=step, **extra)
             jax.debug.callback(lambda s, k: seen.append((int(s), tuple(k.tolist()))), step, jax.random.key_data(key))
             halved = jax.tree.map(lambda u: u / 2, updates)
             return halved, (inner, state[1] + 1)
 
-        return optax.GradientTransformationExtraArgs(init, update)
+        return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] - asks for both
 
     settings = Settings(epochs=1, learning_rate=0.1, schedule="constant", warmup=0, weight_decay=0)
     m = toy(penalty=lambda p: 7.0 * jnp.square(p["lin"]["bias"]).sum(), optimizer=optimizer)

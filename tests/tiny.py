@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ def tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def config(family: str, **changes) -> transformers.PretrainedConfig:
     """Of a model 16 wide with 2 layers."""
-    sizes = {
+    sizes: dict[str, Any] = {
         "vocab_size": len(SPECIAL) + len(WORDS),
         "hidden_size": WIDTH,
         "intermediate_size": 24,
@@ -46,7 +47,7 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
     if family == "bert":
         return transformers.BertConfig(**sizes | changes)
     sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
-    ends = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    ends: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     return transformers.LlamaConfig(**sizes | ends | changes)
 
 

@@ -33,6 +33,7 @@ class Family(NamedTuple):
       check: raises for a config that the module cannot honour.
       cache_shape: config -> (layers, key/value heads, head size); None for an encoder.
       max_length: config -> longest text in tokens.
+      bias_keys: config keys that give the linear layers biases, for a model saved with biases it had none of.
       transposed: whether Hugging Face stores a matrix of this path as (outputs, inputs).
     """
 
@@ -48,6 +49,7 @@ class Family(NamedTuple):
     check: Callable[[Any], None] = lambda config: None
     cache_shape: Callable[[Any], tuple[int, int, int]] | None = None
     max_length: Callable[[Any], int] = lambda config: config.max_position_embeddings
+    bias_keys: tuple[str, ...] = ()
     transposed: Callable[[str], bool] = lambda path: path.endswith("/kernel")
 
 

@@ -255,6 +255,7 @@ FAMILY = Family(
     },
     unused=(r"(model\.)?layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"lm_head\.weight", r"score\.weight"),
     fixed={"pretraining_tp": 1},
+    bias_keys=("attention_bias", "mlp_bias"),
     check=_check,
     cache_shape=lambda c: (c.num_hidden_layers, c.num_key_value_heads, c.head_dim),
     max_length=lambda c: c.max_position_embeddings,
