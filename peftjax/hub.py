@@ -217,7 +217,8 @@ def _with_biases(model: Model, merged: dict[str, jax.Array]) -> tuple[Model, dic
     for key in model.family.bias_keys:
         setattr(config, key, True)
     wide = _describe(config, None, model.module.dtype, model.module.remat, "the merged model")
-    zeros = {p: jnp.zeros(x.shape, x.dtype) for p, x in flatten(wide.params).items() if p.endswith("/bias")}
+    dtype = jnp.result_type(*merged.values())
+    zeros = {p: jnp.zeros(x.shape, dtype) for p, x in flatten(wide.params).items() if p.endswith("/bias")}
     return wide, zeros | merged
 
 

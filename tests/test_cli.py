@@ -15,8 +15,10 @@ import pytest
 import tiny
 from conftest import SHARED, STORIES, needs_shared
 
+from peftjax import compare as comparison
 from peftjax import train
 from peftjax.cli import _rates, main
+from peftjax.problem import Evaluator
 
 QUICK = ("--steps", "3", "--batch-size", "8", "--buckets", "1")
 
@@ -30,6 +32,8 @@ def at(tmp_path_factory):
     for task in ("rte", "stsb", "e2e"):
         tiny.data(at / task, task)
     tiny.data(at / "banking77", "banking77", train=154, dev=20)
+    with (at / "e2e/train.jsonl").open("a") as f:  # longer than what dev holds
+        f.write(json.dumps({"mr": "name[cat]", "ref": "the cat " * 7 + "ran"}) + "\n")
     return at
 
 
@@ -153,7 +157,7 @@ def test_merge_gives_a_folder_that_transformers_loads(lora, at, tmp_path, call, 
     assert (tmp_path / "merged/model.safetensors").read_bytes() == before
 
 
-def test_generation_with_a_prefix(at, tmp_path, call):
+def test_generation_with_a_prefix(at, tmp_path, call, monkeypatch):
     arguments = base(at, "llama", "e2e")
     method = ("--method", "prefix(length=2, mlp=True, hidden=4)", "--lr", "0.05")
     status, _, err = call("train", *arguments, *QUICK, *method, "--out", tmp_path / "run")
@@ -162,12 +166,15 @@ def test_generation_with_a_prefix(at, tmp_path, call):
     assert set(got["scores"]) == {"loss", "bleu"}
     assert {"prompt", "output", "reference"} == set(got["samples"][0])
     adapter = tmp_path / "run/adapter.safetensors"
-    (at / "short").mkdir()
-    rows = [json.loads(line) for line in (at / "e2e/dev.jsonl").read_text().splitlines()]
-    tiny.write_rows(at / "short/dev.jsonl", rows)  # no training file, so no longest completion to know
-    status, out, _ = call("evaluate", *base(at, "llama", "e2e", data=at / "short"), "--adapter", adapter)
+    dev = tiny.data(tmp_path / "dev", "e2e")
+    (dev / "train.jsonl").unlink()  # so that the longest completion of training is not to be known from it
+    seen = []
+    monkeypatch.setattr(comparison, "Evaluator", lambda problem: seen.append(problem) or Evaluator(problem))
+    status, out, _ = call("evaluate", *base(at, "llama", "e2e", data=dev), "--adapter", adapter)
     assert status == 0
     assert out.strip() == ", ".join(f"{k} {v:.4g}" for k, v in got["scores"].items())
+    assert seen[0].max_new_tokens == got["config"]["max_new_tokens"] == 16
+    assert max(sum(e.loss_mask) for e in seen[0].dev) < 16
     out = call("merge", "--model", at / "llama", "--adapter", adapter, "--out", tmp_path / "merged")
     fails(out, "cannot merge model/layers_0/self_attn/prefix: Prefix computes what no weight of the base can hold")
     assert not list((tmp_path / "merged").glob("*"))
@@ -268,6 +275,7 @@ BAD = {
         lambda at: {"model": changed_config(at, "bad2", is_decoder=True)},
         "values that the model does not honour: is_decoder=True",
     ),
+    "config type": (lambda at: {"model": changed_config(at, "bad6", hidden_size="wide")}, "transformers refuses"),
     "task": (lambda at: {"task": "rtee"}, "No task 'rtee'; did you mean 'rte'?"),
     "no data folder": (lambda at: {"data": at / "no/such/data"}, "is not a folder"),
     "no data file": (lambda at: {"data": at / "bert"}, "has no train file of task 'rte'"),
@@ -362,12 +370,15 @@ def test_compare_finds_bad_input_before_training(at, tmp_path, call, never):
 
 
 def test_a_method_that_diverges_is_left_out_and_said(at, tmp_path, call):
-    compare = ("compare", *base(at, "bert", "rte"), *QUICK, "--out", tmp_path, "--methods")
-    status, out, _ = call(*compare, "head,bitfit", "--lr", "bitfit=1e38", "--weight-decay", 0, "--clip", 0)
+    """And each seed draws its own task head, here hardly trained."""
+    compare = ("compare", *base(at, "bert", "rte"), *QUICK, "--seeds", 2, "--out", tmp_path, "--methods")
+    rates = ("--lr", "bitfit=1e38,head=1e-9", "--weight-decay", 0, "--clip", 0)
+    status, out, _ = call(*compare, "head,bitfit", *rates)
     assert status == 0
     assert "bitfit seed 0 is left out: bitfit+head: at step" in out
-    rows = [json.loads(line)["method"] for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert rows == ["head"]
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r["method"] for r in rows] == ["head", "head"]
+    assert abs(rows[0]["scores"]["loss"] - rows[1]["scores"]["loss"]) > 1e-3
 
 
 def test_rates():

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from peftjax import hub
 from peftjax.layout import stack_layers
 from peftjax.methods import bitfit, chain, lora, prefix
-from peftjax.tree import flatten, map_with_path, update
+from peftjax.tree import cast, flatten, map_with_path, update
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BERT: dict[str, Any] = {
@@ -496,6 +496,17 @@ def test_merged_models_load_in_transformers(tmp_path, family, task, cls, extra, 
     else:
         np.testing.assert_allclose(want.logits, got.logits, atol=1e-4)
     np.testing.assert_allclose(outputs(hub.load(tmp_path)).hidden, want.hidden, atol=1e-4)
+
+
+def test_created_biases_do_not_widen_the_file(tmp_path, key):
+    """The biases that no method made, zero, are of the other tensors' dtype."""
+    model = tiny()
+    model = model._replace(params=cast(model.params, jnp.bfloat16))
+    params = bitfit(["query"], create=True).init(key, model.params, model.sites)
+    hub.save(model, stack_layers(params), tmp_path)
+    assert {str(x.dtype) for x in load_file(tmp_path / WEIGHTS).values()} == {"bfloat16"}
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    assert not model.hf_config.attention_bias
 
 
 def test_the_saved_config_names_the_dtype_of_the_file(tmp_path):

@@ -430,7 +430,7 @@ def test_remat_changes_no_gradient(family, layout, key):
     method = lora(rank=2, targets=["query", "mlp_out"], dropout=0.5)
     batch = {k: jnp.asarray(v) for k, v in texts(padding="right").items()}
     model = hub.from_config(config, make)
-    params = layout(method.init(key, model.params, model.sites))
+    params = layout(method.init(key, jax.tree.map(lambda x: x * 4, model.params), model.sites))
     trainable, frozen = partition(params, method.trainable(params))
     trainable = jax.tree.map(lambda x: x + 0.1, trainable)
     results = []

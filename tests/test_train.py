@@ -252,17 +252,18 @@ def test_penalty_and_optimizer_of_the_method_are_used():
 # What it costs
 
 
-def test_one_compilation_for_each_shape_and_one_trace(at):
+def test_one_compilation_for_each_shape_and_one_trace(at, caplog):
     e2e, traces = tiny.problem(at, "llama", "e2e", max_buckets=2), []
 
     def counted(params, batch, key):
         traces.append(batch["input_ids"].shape)
         return objective(e2e)(params, batch, key)
 
-    m = lora(rank=2)
-    fitted = fit_problem(e2e, m, counted, steps=9)
+    with jax.log_compiles():
+        fitted = fit_problem(e2e, lora(rank=2), counted, steps=9)
+    compiled = [r for r in caplog.messages if r.startswith("Finished XLA compilation of jit(step)")]
     shapes = {b["input_ids"].shape for n in range(3) for b in e2e.epoch(n, 8, 0)}
-    assert fitted.compilations == len(shapes) == len(traces) == len(set(traces)) == 2
+    assert fitted.compilations == len(shapes) == len(compiled) == len(traces) == len(set(traces)) == 2
     assert fitted.peak_bytes > sum(x.nbytes for x in jax.tree.leaves(e2e.model.params))
 
 
