@@ -1,6 +1,8 @@
 """Parameter-efficient fine-tuning in JAX: every method is a tree transform plus a mask."""
 
+from . import hub as hub
 from . import masks as masks
+from . import train as train
 from .layout import stack_layers as stack_layers
 from .layout import unstack_layers as unstack_layers
 from .methods import METHODS as METHODS

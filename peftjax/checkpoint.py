@@ -63,6 +63,7 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
     base = flatten(model.params)
     if lost := [p for p in flatten(params, is_leaf=is_node) if p not in {*base, *nodes, *arrays}]:
         raise ValueError(f"the method does not save {lost}, and they are not the base's; the file could not be loaded")
+    _check_unsaved(model, params, saved)
     header = {
         "format": FORMAT,
         "spec": [[name, arguments] for name, arguments in method.spec],
@@ -74,6 +75,24 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
     }
     text = json.dumps({**header, "seal": _seal(header)}, sort_keys=True)
     return write_atomically(file, save(tensors, metadata={"peftjax": text}))
+
+
+def _check_unsaved(model: Model, params: Tree, saved: dict[str, bool]) -> None:
+    """What is not saved must be what a reader will have: the base's own arrays, and none that was drawn anew."""
+    base, seen = flatten(model.params), {}
+    for path, x in flatten(params).items():
+        bare = path
+        while bare.endswith("/base"):
+            bare = bare.removesuffix("/base")
+        if not saved[path] and bare in base:
+            seen[bare] = x
+    if drawn := [p for p in model.fresh if p in seen]:
+        raise ValueError(
+            f"the model's new task head {drawn} would not be saved, and a reader would draw another one; "
+            "chain the method with head()"
+        )
+    if fingerprint(model) != fingerprint(model._replace(params=update(model.params, seen))):
+        raise ValueError("the method changed arrays of the base that it does not save; let `saved` select them too")
 
 
 def write_atomically(file: str | Path, data: bytes | str) -> int:

@@ -1,4 +1,4 @@
-"""The command `peftjax`: one verb each, no logic of its own.
+"""Parameter-efficient fine-tuning in JAX: compare methods, train one, evaluate or merge an adapter.
 
 peftjax compare --model FOLDER --task rte --data FOLDER --methods head,bitfit,lora --out runs/rte
 """
@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 120)
 
 
 @dataclasses.dataclass
@@ -23,7 +23,7 @@ class Base:
 
     Attributes:
       model: folder in Hugging Face's layout, or a hub name.
-      task: name of the task; `peftjax.tasks.TASKS` lists them.
+      task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, banking77 or e2e.
       data: folder with the task's files, or a Hugging Face data set; default: the task's own.
       split: what to score on.
       train_limit: use only so many training rows.
@@ -32,6 +32,7 @@ class Base:
       buckets: number of lengths that batches are padded to.
       dtype: of the activations.
       param_dtype: of the base's parameters; what trains is float32.
+      fresh_head: draw a new task head even if the model has one.
       remat: recompute the blocks' activations in the backward pass; less memory, more time.
     """
 
@@ -45,6 +46,7 @@ class Base:
     buckets: int = 3
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    fresh_head: bool = False
     remat: bool = False
 
 
@@ -87,7 +89,7 @@ class Compare:
       methods: separated by commas; `+` chains, arguments as in Python: "head,lora(rank=4),prefix+bitfit".
       seeds: number of seeds, counted from 0.
       lr: learning rate for all, or by method: "full=1e-4,lora=1e-3"; default: each method's own.
-      out: where results, report, plots and adapters go.
+      out: where results, report, plots and adapters go; default: runs/MODEL-TASK.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
@@ -95,7 +97,7 @@ class Compare:
     methods: str = "head,bitfit,lora,prefix,full"
     seeds: int = 1
     lr: str = ""
-    out: Path = Path("runs/compare")
+    out: Path | None = None
 
 
 @dataclasses.dataclass
@@ -156,6 +158,7 @@ class Methods:
 def compare(args: Compare) -> None:
     from . import compare as comparison
 
+    out = args.out or Path("runs") / f"{Path(args.base.model).name}-{args.base.task}"
     found = comparison.compare(
         args.base.model,
         args.base.task,
@@ -163,14 +166,14 @@ def compare(args: Compare) -> None:
         methods=args.methods,
         seeds=args.seeds,
         rates=_rates(args.lr),
-        out=args.out,
+        out=out,
         settings=_settings(args.training),
         watch=_watch,
         say=_say,
         **_prepare(args.base),
     )
     console.print(found)
-    _say(f"written: {args.out}/results.jsonl, report.md, pareto.png, curves.png", style="dim")
+    _say(f"written: {out}/results.jsonl, report.md, pareto.png, curves.png", style="dim")
 
 
 def train(args: Train) -> None:
@@ -272,6 +275,7 @@ def _prepare(b: Base) -> dict:
         "max_buckets": b.buckets,
         "dtype": jnp.dtype(b.dtype),
         "param_dtype": jnp.dtype(b.param_dtype),
+        "fresh_head": b.fresh_head,
         "remat": b.remat,
     }
 

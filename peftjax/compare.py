@@ -17,10 +17,11 @@ from rich.table import Table
 from . import hub, report
 from .checkpoint import load_adapter, read_header
 from .hub import Model
+from .layout import stack_layers
 from .methods import parse
 from .methods.base import virtual_tokens
 from .problem import Evaluator, Problem, prepare
-from .run import Entry, check_writable, configuration, entries, rate_of, run, short_hash
+from .run import Entry, check_writable, configuration, entries, names_of, rate_of, run, short_hash
 from .tasks import get_task
 from .train import NonFinite, Settings
 from .tree import flatten
@@ -57,11 +58,11 @@ def compare(
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}")
     out = check_writable(out)
-    problem, chosen = set_up(model_name, task, source, methods, **options)
+    problem, chosen = set_up(model_name, task, source, methods, settings.layout, **options)
     for name in rates:
-        if name and name not in [e.name for e in chosen]:
+        if name and not any(name in names_of(e) for e in chosen):
             raise ValueError(f"a learning rate is given for {name!r}; the methods are {[e.name for e in chosen]}")
-    evaluator, results = Evaluator(problem), []
+    evaluator, results, left_out = Evaluator(problem), [], []
     width = _width(problem.model)
     rated = [
         dataclasses.replace(settings, learning_rate=rate_of(e, rates, width)) for e in chosen
@@ -72,19 +73,22 @@ def compare(
             own = dataclasses.replace(of_entry, seed=seed)
             name = re.sub(r"[^a-zA-Z0-9.=+-]+", "_", entry.name).strip("_")[:80]
             config = configuration(problem, entry.method, own)
-            folder = out / "runs" / f"{name}-seed{seed}-{short_hash(config)}"
+            new = out / "runs" / f"{name}-seed{seed}-{short_hash(config)}"
+            folder = next((out / "runs").glob(f"*-{short_hash(config)}"), new)  # however it was written then
             if (folder / "result.json").is_file():
                 say(f"{entry.name} seed {seed}: already trained, taken from {folder}")
             try:
                 with watch(f"{entry.name} seed {seed}") as note:
                     seeded = _with_head_of_seed(problem, seed)
-                    results.append(run(seeded, entry, own, folder, evaluator=evaluator, report=note))
+                    result = run(seeded, entry, own, folder, evaluator=evaluator, report=note)
+                    results.append(result | {"method": entry.name})
             except NonFinite as e:
-                say(f"{entry.name} seed {seed} is left out: {e}")
+                left_out.append(f"{entry.name} seed {seed} is left out: {e}")
+                say(left_out[-1])
     if not results:
         raise ValueError("no method finished with a finite loss; try smaller learning rates with --lr")
     title = f"{Path(model_name).name} on {task}"
-    return report.write(results, problem.task.metrics[0], title, _facts(problem, settings, options), out)
+    return report.write(results, problem.task.metrics[0], title, [*_facts(problem, settings, options), *left_out], out)
 
 
 def train(
@@ -110,7 +114,7 @@ def train(
         raise ValueError(f"train takes one method (chain several with +); got {method!r}")
     get_task(task)
     out = check_writable(out)
-    problem, (entry,) = set_up(model_name, task, source, method, **options)
+    problem, (entry,) = set_up(model_name, task, source, method, settings.layout, **options)
     problem = _with_head_of_seed(problem, settings.seed)
     _say_notes(problem, [entry], say)
     rates = {} if rate is None else {"": rate}
@@ -170,7 +174,9 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
     return hub.save(model, params, out, hub.load_tokenizer(model_name), jnp.dtype(param_dtype))
 
 
-def set_up(model_name: str, task: str, source: str | None, methods: str, **options: Any) -> tuple[Problem, list[Entry]]:
+def set_up(
+    model_name: str, task: str, source: str | None, methods: str, layout: str = "loop", **options: Any
+) -> tuple[Problem, list[Entry]]:
     """The problem, and the methods fitted to its model; every method's transform is tried on abstract shapes.
 
     Raises:
@@ -182,15 +188,17 @@ def set_up(model_name: str, task: str, source: str | None, methods: str, **optio
         heads = {s.module for s in model.sites if s.kind == "head"}
         biases = [p for p in flatten(model.params) if p.endswith("/bias") and p.rpartition("/")[0] not in heads]
         chosen.extend(entries(methods, is_classifier=bool(heads), has_biases=bool(biases)))
-        return max(virtual_tokens(_try(e, model)) for e in chosen)
+        return max(virtual_tokens(_try(e, model, layout)) for e in chosen)
 
     return prepare(model_name, task, source, reserve=reserve, **options), chosen
 
 
-def _try(entry: Entry, model: Model) -> Any:
+def _try(entry: Entry, model: Model, layout: str) -> Any:
     m = entry.method
     params = jax.eval_shape(lambda p: m.init(jax.random.key(0), p, model.sites), model.params)
     m.trainable(params)
+    if layout == "scan":
+        jax.eval_shape(stack_layers, params)
     return params
 
 

@@ -93,9 +93,16 @@ def load(
         wrong shapes (all of them in one message), a pickle.
     """
     folder = find_folder(name, revision)
-    hf_config = _read_hf_config(folder, labels)
+    hf_config = _read_hf_config(folder)
+    named = [str(hf_config.id2label[i]) for i in sorted(hf_config.id2label)]
+    if labels is not None:
+        _set_labels(hf_config, labels)
     model = _describe(hf_config, task, dtype, remat, folder)
     params, missing = _read_params(model, _tensor_files(folder), fresh_head, param_dtype)
+    heads = {s.module for s in model.sites if s.kind == "head"}
+    trained = {p for p in flatten(model.params) if p.rpartition("/")[0] in heads} - set(missing)
+    if trained and isinstance(labels, list):
+        _check_labels(folder, named, [str(x) for x in labels])
     if missing:
         params = update(params, _draw(model, missing, seed, param_dtype))
     return model._replace(params=params, fresh=tuple(missing))
@@ -223,12 +230,13 @@ def _with_biases(model: Model, merged: dict[str, jax.Array]) -> tuple[Model, dic
 
 
 def fingerprint(model: Model) -> str:
-    """Sixteen hex digits that tell base models apart: names, shapes and a sample of the values.
+    """Sixteen hex digits that tell base models apart: config, names, shapes and a sample of the values.
 
     The values are rounded to bfloat16, so that loading in another dtype gives the same fingerprint; a fresh
     task head does not count.
     """
-    digest = hashlib.sha256()
+    config = {k: v for k, v in model.config._asdict().items() if k != "num_labels"}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for path, x in sorted(flatten(model.params).items()):
         if path in model.fresh:
             continue
@@ -238,7 +246,7 @@ def fingerprint(model: Model) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read_hf_config(folder: Path, labels: int | list[str] | None) -> Any:
+def _read_hf_config(folder: Path) -> Any:
     import transformers
 
     file = folder / "config.json"
@@ -260,9 +268,16 @@ def _read_hf_config(folder: Path, labels: int | list[str] | None) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder)
     except Exception as e:  # KeyError, TypeError, huggingface_hub's own and others, by the key at fault
         raise ValueError(f"transformers refuses {file}: {e}") from e
-    if labels is not None:
-        _set_labels(config, labels)
     return config
+
+
+def _check_labels(folder: Path, named: list[str], labels: list[str]) -> None:
+    """A trained head answers in the order of its own labels; only unnamed ones may be named anew."""
+    if named != labels and named != [f"LABEL_{i}" for i in range(len(named))]:
+        raise ValueError(
+            f"the task head in {folder} was trained for the labels {named}, in this order; this task has {labels}; "
+            "for a new head write fresh_head=True (on the command line --fresh-head)"
+        )
 
 
 def _set_labels(config: Any, labels: int | list[str]) -> None:
@@ -386,7 +401,7 @@ def _read_params(model: Model, files: list[Path], fresh_head: bool, dtype: Any) 
     if any(rows for _, rows in problems):
         said = "; ".join(f"{what}: {', '.join(sorted(rows))}" for what, rows in problems if rows)
         unfit = not optional.isdisjoint(wrong)
-        hint = "; for a new task head of another size write fresh_head=True" if unfit else ""
+        hint = "; for a new task head of another size write fresh_head=True (--fresh-head)" if unfit else ""
         raise ValueError(
             f"the tensors in {files[0].parent} do not fit {model.hf_config.architectures[0]}: {said}{hint}"
         )
@@ -398,6 +413,11 @@ def _check_tied(model: Model, name: str, f: Any, files: list[Path]) -> None:
     twin = next((g.get_tensor(n) for n, g in _tensors(files) if n in (table, table.partition(".")[2])), None)
     if twin is not None and not jnp.array_equal(f.get_tensor(name), twin):  # without one, the table is missing
         raise ValueError(f"the config ties {name} to {table}, but the files hold two different tensors for them")
+
+
+def _like_its_neighbours(file: Path) -> None:
+    """safetensors makes files that only their owner reads; a model's are as readable as its config."""
+    file.chmod((file.parent / "config.json").stat().st_mode)
 
 
 def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -413,11 +433,13 @@ def _write_tensors(folder: Path, tensors: dict[str, np.ndarray]) -> None:
     meta = {"format": "pt"}
     if len(shards) == 1:
         save_file(shards[0], folder / WEIGHTS, metadata=meta)
+        _like_its_neighbours(folder / WEIGHTS)
         return
     where = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
         save_file(shard, folder / file, metadata=meta)
+        _like_its_neighbours(folder / file)
         where.update(dict.fromkeys(shard, file))
     total = sum(x.nbytes for x in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": where}

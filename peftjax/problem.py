@@ -27,6 +27,7 @@ class Problem(NamedTuple):
       tokenizer: transformers' tokenizer of the base.
       task: with its labels filled in.
       train, dev: examples; a generation task's dev examples are for the loss.
+      scored: examples of the split that is reported, if that is not dev (on which the best step is chosen).
       prompts: of a generation task, with references, to be scored on.
       buckets: lengths that training batches are padded to, dev batches too.
       max_new_tokens: of a generated text: the longest completion of the training set.
@@ -42,6 +43,7 @@ class Problem(NamedTuple):
     buckets: tuple[int, ...]
     max_new_tokens: int
     notes: tuple[str, ...]
+    scored: list[data.Example] | None = None
 
     @property
     def pad_id(self) -> int:
@@ -58,7 +60,7 @@ class Problem(NamedTuple):
     def digest(self) -> str:
         """Sixteen hex digits of the examples."""
         h = hashlib.sha256()
-        for examples in (self.train, self.dev, self.prompts):
+        for examples in (self.train, self.dev, self.prompts, self.scored or []):
             for e in examples:
                 h.update(repr(e).encode())
         return h.hexdigest()[:16]
@@ -85,7 +87,7 @@ def prepare(
       model_name: folder or hub name.
       task: a name of `peftjax.tasks.TASKS`, or a row of one's own.
       source: folder of the data, or a Hugging Face data set; default: the task's.
-      eval_split: 'dev' or 'test'.
+      eval_split: the split to report, 'dev' or 'test'; the best step is chosen on dev in either case.
       train_limit, eval_limit: use the first so many rows (of a generation task: inputs to be scored).
       reserve: model -> positions that the methods take before the text (`virtual_tokens`).
       max_length: of a text in tokens; default: the task's, or what the model has room for.
@@ -106,7 +108,9 @@ def prepare(
     if _open_labels(task):
         task = task._replace(labels=data.labels_of(task, rows))
     eval_rows = data.load_rows(task, source, eval_split)
-    rows, eval_rows = rows[:train_limit] if need_train else [], _first(task, eval_rows, eval_limit)
+    dev_rows = data.load_rows(task, source, "dev") if need_train and eval_split != "dev" else eval_rows
+    rows = rows[:train_limit] if need_train else []
+    eval_rows, dev_rows = _first(task, eval_rows, eval_limit), _first(task, dev_rows, eval_limit)
     purpose, labels = "causal-lm", None
     if task.kind != "generation":
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
@@ -122,25 +126,49 @@ def prepare(
     notes = []
 
     def encode(rows, what, **kwargs):
-        encoded = data.encode(task, rows, tokenizer, task.labels, kwargs.pop("limit", limit), **kwargs)
+        most = kwargs.pop("limit", limit)
+        encoded = data.encode(task, rows, tokenizer, task.labels, most, **kwargs)
         if encoded.truncated:
-            notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {limit} tokens")
+            notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {most} tokens")
+        _check_ids(encoded.examples, model, model_name)
         if "type_vocab_size" not in model.config._fields:  # some tokenizers give token types to models without
             return [e._replace(type_ids=None) for e in encoded.examples]
         return encoded.examples
 
     train = encode(rows, "training") if rows else []
-    dev = encode(eval_rows, eval_split)
+    dev = encode(dev_rows, "dev" if need_train else eval_split)
+    scored = encode(eval_rows, eval_split) if need_train and eval_split != "dev" else None
     prompts, new_tokens = [], 0
     if task.kind == "generation":
         new_tokens = max_new_tokens or max(sum(e.loss_mask or []) for e in train or dev)
-        prompts = encode(eval_rows, "prompt", limit=room - new_tokens, for_generation=True)
-    for limit_, what in ((train_limit, "training rows"), (eval_limit, f"{eval_split} inputs")):
+        if new_tokens >= room:
+            raise ValueError(
+                f"{new_tokens} new tokens leave no room for a prompt in the {room} positions; "
+                "give a smaller max_new_tokens"
+            )
+        prompts = encode(eval_rows, "prompt", limit=min(limit, room - new_tokens), for_generation=True)
+    for limit_, what in ((train_limit if need_train else None, "training rows"), (eval_limit, f"{eval_split} inputs")):
         if limit_ is not None:
             notes.append(f"the first {limit_} {what} only")
-    lengths = [len(e.input_ids) for e in [*train, *dev]]
+    lengths = [len(e.input_ids) for e in [*train, *dev, *(scored or [])]]
     buckets = data.bucket_lengths(lengths, max_buckets, limit=limit)
-    return Problem(model, tokenizer, task, train, dev, prompts, buckets, new_tokens, tuple(notes))
+    return Problem(model, tokenizer, task, train, dev, prompts, buckets, new_tokens, tuple(notes), scored)
+
+
+def _check_ids(examples: list[data.Example], model: Model, name: str) -> None:
+    """Ids beyond a table would be clamped to its last row."""
+    c = model.config
+    tables = {
+        "token ids": (c.vocab_size, "input_ids"),
+        "token types": (getattr(c, "type_vocab_size", None), "type_ids"),
+    }
+    for what, (rows, field) in tables.items():
+        most = max((max(getattr(e, field) or [0]) for e in examples), default=0)
+        if rows is not None and most >= rows:
+            raise ValueError(
+                f"the tokenizer of {name} gives {what} up to {most}, but the model has {rows} of them; "
+                "the tokenizer is not this model's"
+            )
 
 
 def _open_labels(task: Task) -> bool:

@@ -5,12 +5,13 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
 from .checkpoint import write_atomically
 
-ONLY_IN_FILES = ("rate", "compiled")  # columns that a narrow terminal has no room for
+ONLY_IN_FILES = ("rate", "compiled", "share")  # columns that a narrow terminal has no room for
 
 
 def summarise(results: Sequence[dict]) -> list[dict]:
@@ -55,9 +56,16 @@ def table(rows: Sequence[dict], title: str) -> Table:
     """The comparison as a rich table."""
     lines = [{k: v for k, v in cells(r).items() if k not in ONLY_IN_FILES} for r in rows]
     compiled = max(r["compilations"] for r in rows)
-    out = Table(title=title, caption=f"training steps compiled for each method: at most {compiled}")
+    out = Table(
+        title=title,
+        box=SIMPLE_HEAD,
+        padding=(0, 1),
+        pad_edge=False,
+        caption=f"training steps compiled for each method: at most {compiled}",
+    )
     for column in lines[0]:
-        out.add_column(column, justify="left" if column == "method" else "right", no_wrap=column == "method")
+        name = column == "method"
+        out.add_column(column, justify="left" if name else "right", no_wrap=not name, overflow="fold")
     for line in lines:
         out.add_row(*map(Text, line.values()))  # not markup: methods may hold brackets
     return out

@@ -53,8 +53,14 @@ def entries(text: str, *, is_classifier: bool, has_biases: bool) -> list[Entry]:
 
 
 def rate_of(entry: Entry, rates: dict[str, float], width: int) -> float:
-    """The learning rate given for the entry's name, or for all (''), or the method's default."""
-    return rates.get(entry.name, rates.get("", default_rate(entry.method, width)))
+    """The learning rate given for the entry's name, a method in it, or all (''), or the method's default."""
+    given = [rates[name] for name in (*names_of(entry), "") if name in rates]
+    return given[0] if given else default_rate(entry.method, width)
+
+
+def names_of(entry: Entry) -> list[str]:
+    """What a learning rate may call an entry: its full name, or one of its methods."""
+    return list(dict.fromkeys([entry.name, *(name for name, _ in parse(entry.name)[entry.name].spec)]))
 
 
 def check_writable(folder: str | Path) -> Path:
@@ -146,8 +152,12 @@ def run(
     )
     fitted_at = time.perf_counter()
     resolved = jax.jit(lambda p: method.resolve(p, None))(fitted.params)
-    texts = evaluator.generate(resolved) if generation else []
-    scores = fitted.best["eval"] if fitted.best and not generation else evaluator.scores(resolved, texts)
+    scorer = evaluator
+    if problem.scored is not None:
+        scorer = Evaluator(problem._replace(dev=problem.scored, scored=None))
+    texts = scorer.generate(resolved) if generation else []
+    known = fitted.best is not None and not generation and scorer is evaluator
+    scores = fitted.best["eval"] if known else scorer.scores(resolved, texts)  # type: ignore[index] # known
     extra = {
         "task": problem.task.name,
         "labels": None if problem.task.labels is None else [str(x) for x in problem.task.labels],
@@ -182,7 +192,7 @@ def _claim(folder: Path, config: dict) -> dict | None:
     """The finished result if there is one; otherwise writes the configuration down for those who come later."""
     file = folder / "config.json"
     if file.is_file():
-        there = json.loads(file.read_text())
+        there = _read_json(file)
         if there != config:
             different = sorted(k for k in {*there, *config} if there.get(k) != config.get(k))
             raise ValueError(
@@ -190,10 +200,17 @@ def _claim(folder: Path, config: dict) -> dict | None:
                 "choose another --out, or remove that folder"
             )
         if (folder / "result.json").is_file():
-            return json.loads((folder / "result.json").read_text())
+            return _read_json(folder / "result.json")
     else:
         write_atomically(file, json.dumps(config, indent=1))
     return None
+
+
+def _read_json(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file} is damaged ({e}); remove its folder to train that run again") from e
 
 
 def _samples(problem: Problem, texts: list[str]) -> list[dict]:

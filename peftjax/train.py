@@ -218,7 +218,7 @@ def fit(
       evaluate: resolved params -> scores; called at the end of each epoch, or every `eval_every` steps.
       better: (new scores, best scores) -> whether to keep the new ones.
       folder: where training states and the log go; a run with the same folder resumes from the newest.
-      report: called with every record; `time_left`, `tokens_per_second` in seconds and tokens are added.
+      report: called with every record; `time_left` (seconds), `tokens` and `total` (steps) are added.
 
     Raises:
       NonFinite: with the step and the last finite values; the state before it is saved. Also for a

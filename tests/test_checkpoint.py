@@ -351,3 +351,18 @@ def test_unstacked_and_stacked_files_are_the_same(base, tmp_path):
     save_adapter(tmp_path / "a", base, m, params)
     save_adapter(tmp_path / "b", base, m, stack_layers(params))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_new_head_that_is_not_saved_is_refused(tmp_path, base):
+    m = lora(rank=2)
+    fresh = base._replace(fresh=("model/norm/scale",))
+    with pytest.raises(ValueError, match="new task head .* would not be saved"):
+        save_adapter(tmp_path / "a", fresh, m, adapted(m, base))
+
+
+def test_a_base_array_that_changed_unsaved_is_refused(tmp_path, base):
+    m = lora(rank=2)
+    params = adapted(m, base)
+    params = update(params, {"model/norm/scale": params["model"]["norm"]["scale"] + 1})
+    with pytest.raises(ValueError, match="changed arrays of the base that it does not save"):
+        save_adapter(tmp_path / "a", base, m, params)

@@ -633,3 +633,20 @@ def test_fingerprint(tmp_path):
     assert hub.fingerprint(tiny("bert", "encoder", num_hidden_layers=1)) != base
     headed = saved(tmp_path / "headed", "bert", "classification")
     assert hub.fingerprint(hub.load(headed)) != hub.fingerprint(hub.load(headed, fresh_head=True))
+
+
+def test_a_trained_head_keeps_the_order_of_its_labels(tmp_path):
+    """Renaming the labels of a trained head would silently invert its answers."""
+    model = tiny("bert", "classification", id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+    hub.save(model, model.params, tmp_path)
+    assert hub.load(tmp_path, "classification", labels=["no", "yes"]).fresh == ()
+    with pytest.raises(ValueError, match=r"trained for the labels \['no', 'yes'\].*\['yes', 'no'\].*fresh_head"):
+        hub.load(tmp_path, "classification", labels=["yes", "no"])
+    assert hub.load(tmp_path, "classification", labels=["yes", "no"], fresh_head=True).fresh
+
+
+def test_the_fingerprint_knows_the_config(tmp_path):
+    """The same weights under another number of heads are another model."""
+    model = tiny("bert", "encoder")
+    other = model._replace(config=model.config._replace(num_attention_heads=1))
+    assert hub.fingerprint(model) != hub.fingerprint(other)

@@ -338,6 +338,13 @@ BAD = {
     "a broken pattern": (lambda: lora(targets=["q("]), "regular expression"),
     "a bias as a matrix": (lambda: lora(targets=[".*/bias"]), "expected a matrix"),
     "bitfit of an embedding": (lambda: bitfit(["embedding"]), "create=True"),
+    "alpha 0": (lambda: lora(alpha=0), "alpha must be a number above 0"),
+    "rank true": (lambda: lora(rank=True), "whole number"),
+    "one target without a bias": (
+        lambda: bitfit(["query", "embedding"]),
+        "word_embeddings/embedding, which has no bias",
+    ),
+    "prefix std": (lambda: prefix(2, std=-1.0), "std must be above 0"),
     "prefix length": (lambda: prefix(0), "at least 1"),
     "prefix hidden": (lambda: prefix(2, hidden=0), "at least 1"),
     "head twice": (lambda: chain(head(), head()), "already"),
@@ -351,6 +358,13 @@ def test_law_8_bad_input(models, what):
     make, message = BAD[what]
     with pytest.raises(ValueError, match=message):
         _adapt(models["bert"], make())
+
+
+@ALL_CASES
+def test_law_8_stacked_parameters_are_refused(models, name):
+    model = models["bert"]
+    with pytest.raises(ValueError, match="per-layer layout"):
+        CASES[name].method.init(jax.random.key(0), stack_layers(model.params), model.sites)
 
 
 PAIRS = [

@@ -855,7 +855,7 @@ def test_other_method_errors(key):
     for m, p, s, message in [
         (head(), bare, bare_sites, r"no task head \(its kinds of site are \['embedding', 'query'\]\)"),
         (bitfit(), bare, bare_sites, r"no bias at the targets; write bitfit\(create=True\)"),
-        (bitfit(["embedding"], create=True), bare, bare_sites, "no bias at the targets"),
+        (bitfit(["embedding"], create=True), bare, bare_sites, "e/embedding, which has no bias; leave the target out"),
         (bitfit("query"), params, sites, "must be a list"),
         (prefix(2), params, sites, "the sites must name the attention modules"),
         (
@@ -905,7 +905,7 @@ def test_parse():
         ("lora(**{'rank': 4})", "cannot read .lora"),
         ("lora - head", "cannot read 'lora - head'"),
         ("'lora'", "cannot read"),
-        ("lora(rank=open('x'))", "malformed node"),
+        ("lora(rank=open('x'))", "cannot read the argument rank=open"),
         ("lorra", "there is no method 'lorra'; the methods are full, head, bitfit, lora, prefix"),
         ("lora(ranks=4)", r"lora: .*'ranks'.*; its arguments are \['rank', 'alpha'"),
         ("lora(rank=0)", "rank must be a whole number"),

@@ -118,5 +118,13 @@ def _terms(item: ast.expr) -> list[Method]:
             return [build(name, {})]
         case ast.Call(func=ast.Name(id=name), args=[], keywords=keywords):
             if all(k.arg for k in keywords):  # ** has no name
-                return [build(name, {str(k.arg): ast.literal_eval(k.value) for k in keywords})]
+                return [build(name, {str(k.arg): _literal(k) for k in keywords})]
     raise ValueError(f"cannot read {ast.unparse(item)!r}; write a name, or a name with arguments such as lora(rank=4)")
+
+
+def _literal(keyword: ast.keyword):
+    try:
+        return ast.literal_eval(keyword.value)
+    except ValueError as e:
+        value = ast.unparse(keyword.value)
+        raise ValueError(f"cannot read the argument {keyword.arg}={value}; write a number, 'text' or a list") from e

@@ -34,8 +34,8 @@ class Site(NamedTuple):
 
     Attributes:
       path: of the weight, or of the module for the kinds 'attention', 'mlp', 'block' and 'positions'.
-      kind: 'query', 'key', 'value', 'attention_out', 'mlp_in', 'mlp_out', 'embedding', 'head', 'norm',
-        'attention', 'mlp', 'block', 'positions', 'pooler'.
+      kind: 'query', 'key', 'value', 'attention_out', 'mlp_in', 'mlp_out', 'embedding', 'embedding_other' (types,
+        learned positions), 'head' (of a task), 'lm_head', 'norm', 'attention', 'block', 'positions', 'pooler'.
       layer: index of the layer, or None outside the stack.
       width: features of the site's output.
       heads: (query heads, key/value heads, head size) at attention sites.
@@ -87,8 +87,17 @@ class Method(NamedTuple):
 
 
 def method(name: str, arguments: dict, init: Callable, trainable: masks.Mask, **rest) -> Method:
-    """A `Method` of one spec entry whose saved leaves, unless given, are those that train."""
-    return Method(spec=((name, arguments),), init=init, trainable=trainable, **{"saved": trainable, **rest})
+    """A `Method` of one spec entry whose saved leaves, unless given, are those that train.
+
+    Its transform refuses stacked parameters: sites name layers one by one.
+    """
+
+    def per_layer(key, params, sites):
+        if stacked := next((p for p in flatten(params, is_leaf=is_node) if is_stacked(p)), None):
+            raise ValueError(f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first")
+        return init(key, params, sites)
+
+    return Method(spec=((name, arguments),), init=per_layer, trainable=trainable, **{"saved": trainable, **rest})
 
 
 def chain(*methods: Method) -> Method:

@@ -40,6 +40,7 @@ def bitfit(targets: Sequence[str] | None = None, *, create: bool = False) -> Met
             weights = [s for s in sites if s.kind in LINEAR] if create else []
         else:
             weights = select(params, sites, targets)
+            _check_targets(params, sites, targets, leaves, create)
             modules = {s.module for s in weights if f"{s.module}/bias" in leaves}
         linear = [s for s in weights if s.path.endswith("/kernel")]  # a bias beside an embedding would never be read
         missing = [s for s in linear if create and s.module not in modules]
@@ -53,3 +54,15 @@ def bitfit(targets: Sequence[str] | None = None, *, create: bool = False) -> Met
         return mark("bitfit", params, [f"{m}/bias" for m in sorted({*modules, *zeros})])
 
     return method("bitfit", arguments, init, trainable=masks.by_node(Trained))
+
+
+def _check_targets(params, sites, targets, leaves, create) -> None:
+    """Every target must have a bias, or be a linear layer that can be given one."""
+    for target in targets:
+        found = select(params, sites, [target])
+        bare = [s.path for s in found if f"{s.module}/bias" not in leaves]
+        if create:
+            bare = [p for p in bare if not p.endswith("/kernel")]
+        if bare:
+            way = "leave the target out" if create else "write create=True to put zero biases there, or leave it out"
+            raise ValueError(f"bitfit: the target {target!r} names {bare[0]}, which has no bias; {way}")

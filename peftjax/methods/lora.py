@@ -112,8 +112,11 @@ def lora(
         "tied_embedding": tied_embedding,
     }
     for r in (rank, *arguments["rank_pattern"].values()):
-        if not isinstance(r, int) or r < 1:
+        if not isinstance(r, int) or isinstance(r, bool) or r < 1:
             raise ValueError(f"lora: the rank must be a whole number of at least 1; got {r!r}")
+    for value in (1 if alpha is None else alpha, *arguments["alpha_pattern"].values()):
+        if isinstance(value, str | bool) or not value > 0:
+            raise ValueError(f"lora: alpha must be a number above 0; got {value!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"lora: dropout must be in [0, 1); got {dropout}")
     if tied_embedding not in ("both", "take"):

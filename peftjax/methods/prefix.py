@@ -66,7 +66,8 @@ def prefix(length: int = 10, *, mlp: bool = False, hidden: int = 512, std: float
 
     `h_i = P[i]` for the n prefix positions, else `LM(z_i, h_<i)`, equation 3. The text's own positions start
     at n. With `mlp`, section 4.3: `P[i] = MLP(P'[i])` with one hidden tanh layer, as the authors' code has
-    it; `resolve` writes its output into the layers, and only that output is saved.
+    it; `resolve` writes its output into the layers, and only that output is saved: a loaded adapter trains on
+    as keys and values.
 
     Args:
       length: n, the number of virtual tokens.
@@ -84,6 +85,9 @@ def prefix(length: int = 10, *, mlp: bool = False, hidden: int = 512, std: float
     for name in ("length", "hidden"):
         if not isinstance(arguments[name], int) or arguments[name] < 1:
             raise ValueError(f"prefix: {name} must be a whole number of at least 1; got {arguments[name]!r}")
+
+    if not std > 0:
+        raise ValueError(f"prefix: std must be above 0; got {std!r}")
 
     def init(key, params, sites):
         sites = tuple(sites)
@@ -110,7 +114,7 @@ def prefix(length: int = 10, *, mlp: bool = False, hidden: int = 512, std: float
         "prefix",
         arguments,
         init,
-        trainable=masks.by_node(PrefixMLP if mlp else Prefix),
+        trainable=lambda params: masks.by_node(PrefixMLP if REPARAMETRISATION in params else Prefix)(params),
         saved=masks.by_node(Prefix, "key", "value"),
         resolve=write_prefixes if mlp else lambda params, key: params,
     )
@@ -142,7 +146,7 @@ def write_prefixes(params: Tree, key: jax.Array | None) -> Tree:
         each = shape[-2] * shape[-1]
         part, rest = rest[:, : 2 * layers * each], rest[:, 2 * layers * each :]
         part = part.reshape(-1, layers, 2, *shape[-2:]).transpose(2, 1, 0, 3, 4).reshape(2, *shape)
-        flat[path] = dataclasses.replace(nodes[path], key=part[0], value=part[1])
+        flat[path] = dataclasses.replace(nodes[path], key=part[0], value=part[1], trains=("key", "value"))
     return update({k: v for k, v in params.items() if k != REPARAMETRISATION}, flat)
 
 

@@ -11,6 +11,10 @@ HARMLESS = frozenset(
     decoder_start_token_id dtype torch_dtype gradient_checkpointing id2label label2id model_type
     output_attentions output_hidden_states problem_type return_dict tokenizer_class transformers_version
     use_cache num_labels finetuning_task task_specific_params unsloth_version unsloth_fixed
+    bad_words_ids diversity_penalty do_sample early_stopping length_penalty
+    max_length min_length no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_past output_scores
+    remove_invalid_values repetition_penalty return_dict_in_generate temperature tf_legacy_loss tie_encoder_decoder
+    top_k top_p torchscript typical_p use_bfloat16
     directionality pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head
     pooler_type transformers.js_config max_sequence_length sentence_transformers
     """.split()  # noqa: SIM905 - as a list it would take forty lines
@@ -81,7 +85,7 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
                 bad.append(f"{key}={value!r} (supported: {family.fixed[key]!r})")
         elif key not in honoured and key not in HARMLESS:
             neutral = defaults.get(key) if key in defaults else None
-            if value != neutral and value is not None and value is not False and value not in ({}, []):
+            if value != neutral and value is not None and value not in ({}, []):
                 bad.append(f"{key}={value!r} (supported: {neutral!r})")
     if bad:
         raise ValueError(
