@@ -356,7 +356,7 @@ def test_unstacked_and_stacked_files_are_the_same(base, tmp_path):
 def test_a_new_head_that_is_not_saved_is_refused(tmp_path, base):
     m = lora(rank=2)
     fresh = base._replace(fresh=("model/norm/scale",))
-    with pytest.raises(ValueError, match="new task head .* would not be saved"):
+    with pytest.raises(ValueError, match=r"new task head .* would not be saved"):
         save_adapter(tmp_path / "a", fresh, m, adapted(m, base))
 
 
