@@ -33,7 +33,7 @@ class Site(NamedTuple):
     """A place of a model where methods may act. A family publishes one row for each.
 
     Attributes:
-      path: of the weight, or of the module for the kinds 'attention', 'mlp', 'block' and 'positions'.
+      path: of the weight, or of the module for the kinds 'attention', 'block' and 'positions'.
       kind: 'query', 'key', 'value', 'attention_out', 'mlp_in', 'mlp_out', 'embedding', 'embedding_other' (types,
         learned positions), 'head' (of a task), 'lm_head', 'norm', 'attention', 'block', 'positions', 'pooler'.
       layer: index of the layer, or None outside the stack.
