@@ -156,8 +156,10 @@ def run(
     if problem.scored is not None:
         scorer = Evaluator(problem._replace(dev=problem.scored, scored=None))
     texts = scorer.generate(resolved) if generation else []
-    known = fitted.best is not None and not generation and scorer is evaluator
-    scores = fitted.best["eval"] if known else scorer.scores(resolved, texts)  # type: ignore[index] # known
+    if fitted.best is not None and not generation and scorer is evaluator:
+        scores = fitted.best["eval"]
+    else:
+        scores = scorer.scores(resolved, texts)
     extra = {
         "task": problem.task.name,
         "labels": None if problem.task.labels is None else [str(x) for x in problem.task.labels],

@@ -41,7 +41,10 @@ def tiny(family="llama", task="causal-lm", **extra):
         config = transformers.LlamaConfig(**{**LLAMA, **extra})
     model = hub.from_config(config, task)
     rng = np.random.default_rng(0)
-    noise = lambda path, x: x + jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype)  # noqa: E731
+
+    def noise(path, x):
+        return x + jnp.asarray(rng.normal(size=x.shape) * 0.2, x.dtype)
+
     return model._replace(params=map_with_path(noise, model.params))
 
 

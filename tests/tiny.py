@@ -13,7 +13,7 @@ from peftjax import hub
 from peftjax.problem import Problem, prepare
 from peftjax.tree import Tree, map_with_path
 
-WORDS = "cat dog sat ran red blue big small good bad name type pub place is and in the near : | ||".split()  # noqa: SIM905
+WORDS = "cat dog sat ran red blue big small good bad name type pub place is and in the near : | ||".split()  # noqa: SIM905 - reads better than a list
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WIDTH, LAYERS = 16, 2
 
