@@ -1,4 +1,4 @@
-"""What all tests share: warnings are errors (pyproject.toml), the shared data, a key of its own for each test."""
+"""What all tests share: the shared data, quick compilation, a key of its own for each test."""
 
 import os
 
