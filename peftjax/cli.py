@@ -22,10 +22,10 @@ class Base:
     """The model and the data.
 
     Attributes:
-      model: folder in Hugging Face's layout, or a hub name.
-      task: cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, banking77 or e2e.
+      model: folder in Hugging Face's layout, or a hub name; tiny-books comes with the package.
+      task: places (built in), cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, banking77 or e2e.
       data: folder with the task's files, or a Hugging Face data set; default: the task's own.
-      split: what to score on.
+      split: what to score on, dev or test; default: the task's.
       train_limit: use only so many training rows.
       eval_limit: score on only so many inputs.
       max_length: of a text in tokens; default: the task's.
@@ -36,10 +36,10 @@ class Base:
       remat: recompute the blocks' activations in the backward pass; less memory, more time.
     """
 
-    model: str
-    task: str
+    model: str = "tiny-books"
+    task: str = "places"
     data: str | None = None
-    split: Literal["dev", "test"] = "dev"
+    split: Literal["dev", "test"] | None = None
     train_limit: int | None = None
     eval_limit: int | None = None
     max_length: int | None = None
@@ -70,7 +70,7 @@ class Training:
 
     epochs: int = 3
     steps: int | None = None
-    batch_size: int = 32
+    batch_size: int = 16
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup: float = 0.06
     weight_decay: float = 0.01
@@ -86,7 +86,8 @@ class Compare:
     """Trains several methods on one model and task and prints the table.
 
     Attributes:
-      methods: separated by commas; `+` chains, arguments as in Python: "head,lora(rank=4),prefix+bitfit".
+      methods: separated by commas; `+` chains, arguments as in Python: "head,lora(rank=4),prefix+bitfit"; default:
+        every method there is.
       seeds: number of seeds, counted from 0.
       lr: learning rate for all, or by method: "full=1e-4,lora=1e-3"; default: each method's own.
       out: where results, report, plots and adapters go; default: runs/MODEL-TASK.
@@ -94,7 +95,7 @@ class Compare:
 
     base: tyro.conf.OmitArgPrefixes[Base]
     training: tyro.conf.OmitArgPrefixes[Training]
-    methods: str = "head,bitfit,lora,prefix,full"
+    methods: str | None = None
     seeds: int = 1
     lr: str = ""
     out: Path | None = None
@@ -172,7 +173,7 @@ def compare(args: Compare) -> None:
         say=_say,
         **_prepare(args.base),
     )
-    console.print(found)
+    console.print(*found, sep="\n")
     _say(f"written: {out}/results.jsonl, report.md, pareto.png, curves.png", style="dim")
 
 

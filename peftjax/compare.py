@@ -21,7 +21,19 @@ from .layout import stack_layers
 from .methods import parse
 from .methods.base import virtual_tokens
 from .problem import Evaluator, Problem, prepare
-from .run import Entry, check_writable, configuration, entries, names_of, rate_of, run, short_hash
+from .run import (
+    ZERO_SHOT,
+    Entry,
+    check_writable,
+    configuration,
+    entries,
+    every_method,
+    names_of,
+    rate_of,
+    run,
+    short_hash,
+    zero_shot,
+)
 from .tasks import get_task
 from .train import NonFinite, Settings
 from .tree import flatten
@@ -32,7 +44,7 @@ def compare(
     task: str,
     source: str | None,
     *,
-    methods: str,
+    methods: str | None,
     seeds: int,
     rates: dict[str, float],
     out: str | Path,
@@ -40,11 +52,11 @@ def compare(
     watch: Callable = lambda title: nullcontext(lambda record: None),
     say: Callable[[str], Any] = print,
     **options: Any,
-) -> Table:
+) -> tuple[Table, ...]:
     """Trains every method with every seed and writes the report; what is there already is not trained again.
 
     Args:
-      methods: as on the command line (`peftjax.methods.parse`).
+      methods: as on the command line (`peftjax.methods.parse`); None: all that there are.
       seeds: how many, counted from 0; a seed fixes the data order, the methods' start, dropout and the head.
       rates: method name -> learning rate; '' stands for all others.
       options: for `peftjax.problem.prepare`.
@@ -53,7 +65,8 @@ def compare(
       ValueError: bad input, before anything is trained. A method whose loss stops being finite is left out
         of the table and said; if none remains, that is an error.
     """
-    parse(methods)  # what can be wrong is found before anything costs time
+    if methods is not None:
+        parse(methods)  # what can be wrong is found before anything costs time
     get_task(task)
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}")
@@ -68,6 +81,10 @@ def compare(
         dataclasses.replace(settings, learning_rate=rate_of(e, rates, width)) for e in chosen
     ]  # all, before anything is trained
     _say_notes(problem, chosen, say)
+    if not problem.model.fresh:
+        with watch(ZERO_SHOT):
+            folder = out / "runs" / f"{ZERO_SHOT}-{short_hash(configuration(problem, None, None))}"
+            results.append(zero_shot(problem, folder, evaluator=evaluator))
     for entry, of_entry in zip(chosen, rated, strict=True):
         for seed in range(seeds):
             own = dataclasses.replace(of_entry, seed=seed)
@@ -85,7 +102,7 @@ def compare(
             except NonFinite as e:
                 left_out.append(f"{entry.name} seed {seed} is left out: {e}")
                 say(left_out[-1])
-    if not results:
+    if not any(r["trainable"] for r in results):
         raise ValueError("no method finished with a finite loss; try smaller learning rates with --lr")
     title = f"{Path(model_name).name} on {task}"
     return report.write(results, problem.task.metrics[0], title, [*_facts(problem, settings, options), *left_out], out)
@@ -175,9 +192,9 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
 
 
 def set_up(
-    model_name: str, task: str, source: str | None, methods: str, layout: str = "loop", **options: Any
+    model_name: str, task: str, source: str | None, methods: str | None, layout: str = "loop", **options: Any
 ) -> tuple[Problem, list[Entry]]:
-    """The problem, and the methods fitted to its model; every method's transform is tried on abstract shapes.
+    """The problem, and the methods (None: all) fitted to its model; every method's transform is tried on abstract shapes.
 
     Raises:
       ValueError: a method does not fit the model (a target that matches nothing, a rank too large, ...).
@@ -187,7 +204,8 @@ def set_up(
     def reserve(model: Model) -> int:
         heads = {s.module for s in model.sites if s.kind == "head"}
         biases = [p for p in flatten(model.params) if p.endswith("/bias") and p.rpartition("/")[0] not in heads]
-        chosen.extend(entries(methods, is_classifier=bool(heads), has_biases=bool(biases)))
+        text = methods or every_method(is_classifier=bool(heads))
+        chosen.extend(entries(text, is_classifier=bool(heads), has_biases=bool(biases)))
         return max(virtual_tokens(_try(e, model, layout)) for e in chosen)
 
     return prepare(model_name, task, source, reserve=reserve, **options), chosen
@@ -220,10 +238,10 @@ def _facts(problem: Problem, s: Settings, options: dict) -> list[str]:
     device = jax.devices()[0]
     where = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
     length = f"{s.steps} steps" if s.steps else f"{s.epochs} epochs"
-    scored = len(problem.prompts) or len(problem.dev)
+    scored = len(problem.prompts) or len(problem.scored or problem.dev)
     clip = "no clipping" if s.clip is None else f"clipping at {s.clip}"
     return [
-        f"{len(problem.train):,} training examples, scored on {scored:,} of {options.get('eval_split', 'dev')}",
+        f"{len(problem.train):,} training examples, scored on {scored:,} of {options.get('eval_split') or problem.task.reported}",
         *problem.notes,
         f"{length}, batches of {s.batch_size}, AdamW, {s.schedule} decay after {100 * s.warmup:g}% warm-up, "
         f"weight decay {s.weight_decay}, {clip}; learning rates in the table",

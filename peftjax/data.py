@@ -14,9 +14,8 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from .tasks import Hub, Task
+from .tasks import Hub, Row, Task
 
-Row = dict[str, Any]
 Batch = dict[str, np.ndarray]  # what is in it: see make_batch
 
 
@@ -35,6 +34,8 @@ def load_rows(task: Task, source: str | Path | None, split: str) -> list[Row]:
             f"Task {task.name!r} has kind {task.kind!r} and inputs {task.inputs!r}; expected classification, "
             "regression or generation, and a tuple of one or two columns."
         )
+    if source is None and task.made is not None:
+        return _checked(task, _Source(lambda split: True, _made(task.made)), split)
     found = _hub(task, source) if source is None or not Path(source).is_dir() else _folder(task, Path(source))
     if split in ("train", "dev") and task.holdout and not found.has("dev"):
         rows = _checked(task, found, "train")
@@ -58,6 +59,10 @@ def labels_of(task: Task, train_rows: Sequence[Row]) -> tuple[Any, ...] | None:
 class _Source(NamedTuple):
     has: Callable[[str], bool]
     read: Callable[[str], Iterator[tuple[str, Row]]]  # split -> (where the row stands, for messages; the row)
+
+
+def _made(make: Callable[[str], list[Row]]) -> Callable[[str], Iterator[tuple[str, Row]]]:
+    return lambda split: ((f"made row {i}", dict(row)) for i, row in enumerate(make(split), 1))
 
 
 def _folder(task: Task, folder: Path) -> _Source:
@@ -237,6 +242,7 @@ class Example(NamedTuple):
     label: int | float | None = None  # class id or score
     loss_mask: list[int] | None = None  # causal LM: 1 on the tokens to predict, completion and EOS
     references: list[str] | None = None  # for generation: every accepted text
+    slots: list[str] | None = None  # for generation: what the text must say, where the task has slots
 
 
 class Encoded(NamedTuple):
@@ -335,8 +341,9 @@ def _encode_texts(
             [*begin, *head, *tail],
             loss_mask=None if for_generation else [0] * len(begin + head) + [1] * len(tail),
             references=texts,
+            slots=task.slots(row) if task.slots is not None and for_generation else None,
         )
-        for head, tail, texts in zip(heads, tails, references, strict=True)
+        for head, tail, texts, row in zip(heads, tails, references, rows, strict=True)
     ]
     return examples, lengths
 

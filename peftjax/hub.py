@@ -29,6 +29,7 @@ TASKS = {  # what the model is for -> (head, end of the architecture's name)
 }
 SHARD_BYTES = 5 * 10**9
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+BUNDLED = {"tiny-books": Path(__file__).parent / "tiny_books"}  # bases that come with the package
 
 
 class Model(NamedTuple):
@@ -141,10 +142,12 @@ def from_config(
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, or the hub's snapshot of that name, downloaded if need be."""
+    """The folder itself, a base that comes with the package, or the hub's snapshot, downloaded if need be."""
     path = Path(name)
     if path.is_dir():
         return path
+    if str(name) in BUNDLED:
+        return BUNDLED[str(name)]
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or path.exists():
         raise FileNotFoundError(f"{name} is no folder; write the folder that holds config.json, or a hub name")
     import huggingface_hub

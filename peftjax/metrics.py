@@ -5,6 +5,7 @@
 """
 
 import difflib
+import re
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -77,6 +78,20 @@ def exact_match(predictions: Values, references: Values) -> float:
     return 100.0 * sum(hits) / len(hits)
 
 
+def slots(predictions: Values, references: Values) -> float:
+    """The share of the slots' values that are said, word for word but for capitals, in all predictions together.
+
+    >>> slots(["The Red Fox serves soup."], [["Red Fox", "soup", "cheap"]])
+    66.66666666666667
+    """
+    said = [
+        re.search(rf"(?<!\w){re.escape(value)}(?!\w)", text, re.IGNORECASE) is not None
+        for text, values in zip(predictions, references, strict=True)
+        for value in values
+    ]
+    return 100.0 * sum(said) / len(said)
+
+
 METRICS: dict[str, Callable[[Values, Values], float]] = {
     "accuracy": accuracy,
     "f1": f1,
@@ -85,14 +100,17 @@ METRICS: dict[str, Callable[[Values, Values], float]] = {
     "spearman": spearman,
     "bleu": bleu,
     "exact_match": exact_match,
+    "slots": slots,
 }
 
 
-def score(metrics: Sequence[str], predictions: Values, references: Values) -> dict[str, float]:
+def score(
+    metrics: Sequence[str], predictions: Values, references: Values, required: Sequence[Sequence[str]] | None = None
+) -> dict[str, float]:
     """Every named metric of `predictions` (n) against `references` (n), in percent, in the order asked for.
 
     Labels or numbers for classification and regression; texts for bleu and exact_match, against one text or a
-    list of texts each.
+    list of texts each. `slots` looks at `required` instead of the references: the values that each text must say.
     """
     for name in metrics:
         if name not in METRICS:
@@ -101,7 +119,9 @@ def score(metrics: Sequence[str], predictions: Values, references: Values) -> di
             raise ValueError(f"No metric {name!r}{meant} Known: {', '.join(METRICS)}.")
     if len(predictions) != len(references) or len(references) == 0:
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; expected one each.")
-    return {name: METRICS[name](predictions, references) for name in metrics}
+    if "slots" in metrics and required is None:
+        raise ValueError("The metric 'slots' needs the values that each text must say; give the task `slots`.")
+    return {name: METRICS[name](predictions, required if name == "slots" else references) for name in metrics}
 
 
 def _as_list(reference: str | Sequence[str]) -> list[str]:

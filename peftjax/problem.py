@@ -71,7 +71,7 @@ def prepare(
     task: str | Task,
     source: str | None = None,
     *,
-    eval_split: str = "dev",
+    eval_split: str | None = None,
     train_limit: int | None = None,
     eval_limit: int | None = None,
     reserve: Callable[[Model], int] = lambda model: 0,
@@ -87,7 +87,7 @@ def prepare(
       model_name: folder or hub name.
       task: a name of `peftjax.tasks.TASKS`, or a row of one's own.
       source: folder of the data, or a Hugging Face data set; default: the task's.
-      eval_split: the split to report, 'dev' or 'test'; the best step is chosen on dev in either case.
+      eval_split: the split to report, 'dev' or 'test'; default: the task's. The best step is chosen on dev.
       train_limit, eval_limit: use the first so many rows (of a generation task: inputs to be scored).
       reserve: model -> positions that the methods take before the text (`virtual_tokens`).
       max_length: of a text in tokens; default: the task's, or what the model has room for.
@@ -100,6 +100,7 @@ def prepare(
       ValueError, FileNotFoundError: from the loaders; or a text that is too long where the task does not cut.
     """
     task = get_task(task) if isinstance(task, str) else task
+    eval_split = eval_split or task.reported
     limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
     for name, value in limits.items():
         if value is not None and value < 1:
@@ -222,32 +223,37 @@ class Evaluator:
         if task.kind == "generation":
             self._generate = greedy(model, problem.max_new_tokens, tokenizer.eos_token_id, problem.pad_id)
 
-    def loss(self, params: Tree) -> dict[str, float]:
-        """{'loss': mean over the dev examples}; quick, for choosing the best step of a generation task."""
-        return self._walk(params)[0]
+    def on_dev(self, params: Tree) -> dict[str, float]:
+        """Loss on the dev examples, and the metrics unless texts would have to be generated: to choose a step by."""
+        return self._of(params, self.problem.dev)
 
     def scores(self, params: Tree, texts: list[str] | None = None) -> dict[str, float]:
-        """Loss and the task's metrics; of a generation task, on greedy outputs (`texts`, if they are there)."""
+        """Loss and metrics on the reported split; of a generation task, on greedy outputs (`texts`, if given)."""
+        examples = self.problem.dev if self.problem.scored is None else self.problem.scored
+        found = self._of(params, examples)
         if self.problem.task.kind == "generation":
             texts = texts or self.generate(params)
             references = [e.references for e in self.problem.prompts]
-            return self.loss(params) | score(self.problem.task.metrics, texts, references)
-        loss, logits = self._walk(params)
-        predictions = logits[:, 0] if self.problem.task.kind == "regression" else logits.argmax(-1)
-        labels = [e.label for e in self.problem.dev]
-        return loss | score(self.problem.task.metrics, predictions.tolist(), labels)
+            slots = [e.slots or [] for e in self.problem.prompts] if self.problem.task.slots is not None else None
+            found |= score(self.problem.task.metrics, texts, references, slots)
+        return found
 
-    def _walk(self, params):
+    def _of(self, params, examples):
         p = self.problem
         total, weight, logits = 0.0, 0.0, {}
-        for batch in data.batches(p.dev, EVAL_BATCH, p.buckets, pad_id=p.pad_id):
+        for batch in data.batches(examples, EVAL_BATCH, p.buckets, pad_id=p.pad_id):
             (part, part_weight), out = self._dev(params, batch)
             total, weight = total + float(part), weight + float(part_weight)
             if out is not None:
                 logits.update(
                     (i, row) for i, row in zip(batch["index"].tolist(), np.asarray(out), strict=True) if i >= 0
                 )
-        return {"loss": total / weight}, np.array([logits[i] for i in range(len(logits))])
+        loss = {"loss": total / weight}
+        if p.task.kind == "generation":
+            return loss
+        rows = np.array([logits[i] for i in range(len(logits))])
+        predictions = rows[:, 0] if p.task.kind == "regression" else rows.argmax(-1)
+        return loss | score(p.task.metrics, predictions.tolist(), [e.label for e in examples])
 
     def generate(self, params: Tree) -> list[str]:
         """Greedy continuations of the problem's prompts, in their order."""

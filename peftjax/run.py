@@ -18,12 +18,13 @@ import jax
 
 from .checkpoint import save_adapter, write_atomically
 from .hub import fingerprint
-from .methods import Method, build, chain, default_rate, head, parse
+from .methods import METHODS, Method, build, chain, default_rate, head, parse
 from .problem import Evaluator, Problem, objective
 from .train import Settings, fit
 from .tree import count, nbytes
 
 SAMPLES = 5
+ZERO_SHOT = "zero-shot"  # the row of the base as it is
 
 
 class Entry(NamedTuple):
@@ -32,6 +33,11 @@ class Entry(NamedTuple):
     name: str
     method: Method
     note: str = ""
+
+
+def every_method(*, is_classifier: bool) -> str:
+    """All methods with their defaults, full fine-tuning last; the head alone only where there is one."""
+    return ", ".join([*(m for m in METHODS if m != "full" and (m != "head" or is_classifier)), "full"])
 
 
 def entries(text: str, *, is_classifier: bool, has_biases: bool) -> list[Entry]:
@@ -80,14 +86,14 @@ def check_writable(folder: str | Path) -> Path:
     return folder
 
 
-def configuration(problem: Problem, method: Method, settings: Settings) -> dict:
-    """All that the result depends on, as JSON."""
-    settings_ = {k: v for k, v in dataclasses.asdict(settings).items() if k != "save_every"}
+def configuration(problem: Problem, method: Method | None, settings: Settings | None) -> dict:
+    """All that the result depends on, as JSON; without a method, that of the base as it is."""
+    settings_ = {k: v for k, v in dataclasses.asdict(settings).items() if k != "save_every"} if settings else {}
     config = {
         "base": fingerprint(problem.model),
         "task": problem.task.name,
         "data": problem.digest(),
-        "spec": [[name, arguments] for name, arguments in method.spec],
+        "spec": [[name, arguments] for name, arguments in method.spec] if method else [],
         "settings": settings_,
         "dtype": jax.numpy.dtype(problem.model.module.dtype).name,
         "param_dtype": str(jax.tree.leaves(problem.model.params)[0].dtype),
@@ -144,7 +150,7 @@ def run(
         lambda number: problem.epoch(number, settings.batch_size, settings.seed),
         problem.steps_per_epoch(settings.batch_size),
         settings,
-        evaluate=evaluator.loss if generation else evaluator.scores,
+        evaluate=evaluator.on_dev,
         better=better,
         folder=folder,
         resume_hint=resume_hint,
@@ -152,14 +158,9 @@ def run(
     )
     fitted_at = time.perf_counter()
     resolved = jax.jit(lambda p: method.resolve(p, None))(fitted.params)
-    scorer = evaluator
-    if problem.scored is not None:
-        scorer = Evaluator(problem._replace(dev=problem.scored, scored=None))
-    texts = scorer.generate(resolved) if generation else []
-    if fitted.best is not None and not generation and scorer is evaluator:
-        scores = fitted.best["eval"]
-    else:
-        scores = scorer.scores(resolved, texts)
+    texts = evaluator.generate(resolved) if generation else []
+    known = fitted.best is not None and not generation and problem.scored is None
+    scores = fitted.best["eval"] if known else evaluator.scores(resolved, texts)
     extra = {
         "task": problem.task.name,
         "labels": None if problem.task.labels is None else [str(x) for x in problem.task.labels],
@@ -187,6 +188,42 @@ def run(
     }
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
     shutil.rmtree(folder / "state", ignore_errors=True)
+    return result
+
+
+def zero_shot(problem: Problem, folder: str | Path, *, evaluator: Evaluator | None = None) -> dict[str, Any]:
+    """Scores the base as it is; the result's keys are those of `run`, and what has no meaning here is None.
+
+    Raises:
+      ValueError: the base has a task head that was just drawn, so its answers would say nothing.
+    """
+    if problem.model.fresh:
+        raise ValueError(f"the task head {list(problem.model.fresh)} is new; train it before scoring")
+    folder = check_writable(folder)
+    config = configuration(problem, None, None)
+    done = _claim(folder, config)
+    if done is not None:
+        return done
+    began = time.perf_counter()
+    evaluator = evaluator or Evaluator(problem)
+    texts = evaluator.generate(problem.model.params) if problem.task.kind == "generation" else []
+    scores = evaluator.scores(problem.model.params, texts)
+    result = {
+        "method": ZERO_SHOT,
+        "seed": None,
+        "task": problem.task.name,
+        "scores": scores,
+        "trainable": 0,
+        "share": 0.0,
+        "base_bytes": nbytes(problem.model.params),
+        **dict.fromkeys(("peak_bytes", "step_seconds", "compilations", "adapter_bytes")),
+        "seconds": time.perf_counter() - began,
+        "samples": _samples(problem, texts),
+        "history": [],
+        "note": "",
+        "config": config,
+    }
+    write_atomically(folder / "result.json", json.dumps(result, indent=1))
     return result
 
 

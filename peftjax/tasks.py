@@ -8,7 +8,10 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from . import places
+
 Kind = Literal["classification", "regression", "generation"]
+Row = dict[str, Any]
 
 
 def _files(dev: str = "dev") -> dict[str, tuple[tuple[str, ...], ...]]:
@@ -73,6 +76,9 @@ class Task(NamedTuple):
     prompt: Callable[[Mapping[str, Any]], str] | None = None  # generation; None: the first input as it stands
     truncate: bool = False  # whether a text longer than max_length may be cut; otherwise it is an error
     max_length: int = 512  # in tokens, special tokens included
+    made: Callable[[str], list[Row]] | None = None  # split -> rows, where no source is given
+    slots: Callable[[Mapping[str, Any]], list[str]] | None = None  # what a generated text must say, for `slots`
+    reported: Literal["dev", "test"] = "dev"  # the split of a table, unless another is asked for
 
 
 def e2e_fields(mr: str) -> list[tuple[str, str]]:
@@ -188,6 +194,17 @@ _ROWS = (
         hub=Hub("tuetschek/e2e_nlg", revision="refs/convert/parquet"),
         aliases={"refs": "ref", "meaning_representation": "mr", "human_reference": "ref"},
         prompt=e2e_prompt,
+    ),
+    Task(
+        name="places",
+        kind="generation",
+        inputs=("attributes",),
+        target="text",
+        metrics=("slots", "bleu"),
+        prompt=lambda row: f"{row['attributes']}.",
+        made=places.rows,
+        slots=places.slots,
+        reported="test",
     ),
 )
 

@@ -261,7 +261,9 @@ def test_the_loss_is_on_the_completion_and_prompts_begin_alike():
         by_mr.setdefault(row["mr"], []).append(row["ref"])
     assert [example.references for example in prompts.examples] == list(by_mr.values())
     start = dict(zip(by_mr, prompts.examples, strict=True))
-    for row, (ids, _, _, mask, _) in zip(rows, trained.examples, strict=True):
+    for row, example in zip(rows, trained.examples, strict=True):
+        ids, mask = example.input_ids, example.loss_mask
+        assert mask is not None
         assert mask == sorted(mask)
         assert len(mask) == len(ids)
         head, tail = ids[: mask.index(1)], ids[mask.index(1) :]

@@ -26,7 +26,7 @@ def test_the_best_step_is_chosen_on_dev_and_the_score_is_of_test(tmp_path):
     assert result["scores"]["loss"] != evaluation["eval"]["loss"], "the reported loss is not dev's"
     alone = prepare(model, "e2e", data, eval_split="test", need_train=False, max_new_tokens=4)
     assert alone.dev == problem.scored
-    base = Evaluator(alone).loss(alone.model.params)["loss"]
+    base = Evaluator(alone).on_dev(alone.model.params)["loss"]
     assert result["scores"]["loss"] < base
 
 

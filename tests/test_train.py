@@ -475,7 +475,7 @@ def test_the_scanned_layout_trains_to_the_same_losses(e2e, name):
     np.testing.assert_allclose(losses(scan), losses(loop), rtol=1e-5)
     assert "layers_*" in scan.params["model"]
     resolved = [m.resolve(f.params, None) for f in (loop, scan)]
-    a, b = (Evaluator(e2e).loss(p)["loss"] for p in resolved)
+    a, b = (Evaluator(e2e).on_dev(p)["loss"] for p in resolved)
     assert a == pytest.approx(b, rel=1e-4)
 
 
