@@ -46,7 +46,8 @@ def test_texts_say_every_value_and_nothing_of_another_attribute(split):
         there = fields(row)
         domain = places.EATING if there["kind"] in places.EATING["kind"] else places.SEEING
         unasked = [v for name in ("food", "guests", "way", "season") if name not in there for v in domain.get(name, ())]
-        assert not unasked or slots([row["text"]], [unasked]) == 0
+        rest = row["text"].replace(there["name"], "")  # Summer Hill is no season
+        assert not unasked or slots([rest], [unasked]) == 0
 
 
 def test_sizes_and_no_list_twice():
