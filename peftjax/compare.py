@@ -181,8 +181,7 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
     if (Path(out) / "config.json").exists():
         raise ValueError(f"{out} holds a model already; choose another --out, or remove that folder")
     out = check_writable(out)
-    architecture = header["base"]["architecture"]
-    purpose = next(t for t, (_, ending) in hub.TASKS.items() if architecture.endswith(ending))
+    purpose = hub.purpose(header["base"]["architecture"])
     labels = header["extra"].get("labels")
     if purpose == "classification" and labels is None:
         labels = 1
@@ -226,7 +225,7 @@ def _with_head_of_seed(problem: Problem, seed: int) -> Problem:
 
 
 def _width(model: Model) -> int:
-    return model.config.hidden_size
+    return next(s.width for s in model.sites if s.kind == "embedding")
 
 
 def _say_notes(problem: Problem, chosen: list[Entry], say: Callable) -> None:

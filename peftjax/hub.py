@@ -22,11 +22,7 @@ from .models.layers import Output
 from .tree import Tree, flatten, get, update
 from .weights import merge
 
-TASKS = {  # what the model is for -> (head, end of the architecture's name)
-    "causal-lm": ("causal-lm", "ForCausalLM"),
-    "classification": ("classification", "ForSequenceClassification"),
-    "encoder": ("none", "Model"),
-}
+TASKS = {"causal-lm": "causal-lm", "classification": "classification", "encoder": "none"}  # what for -> head
 SHARD_BYTES = 5 * 10**9
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUNDLED = {"tiny-books": Path(__file__).parent / "tiny_books"}  # bases that come with the package
@@ -107,6 +103,18 @@ def load(
     if missing:
         params = update(params, _draw(model, missing, seed, param_dtype))
     return model._replace(params=params, fresh=tuple(missing))
+
+
+def purpose(architecture: str) -> str:
+    """The task that an architecture is for.
+
+    >>> purpose("GPT2LMHeadModel")
+    'causal-lm'
+    """
+    heads = {a: head for family in FAMILIES.values() for a, head in family.heads.items()}
+    if architecture not in heads:
+        raise ValueError(f"the architecture {architecture!r} is unknown; peftjax has {sorted(heads)}")
+    return next(task for task, head in TASKS.items() if head == heads[architecture])
 
 
 def redraw(model: Model, seed: int) -> Model:
@@ -297,8 +305,7 @@ def _describe(hf_config: Any, task: str | None, dtype: Any, remat: bool, where: 
     if task is not None:
         if task not in TASKS:
             raise ValueError(f"there is no task {task!r} for a model; the tasks are {sorted(TASKS)}")
-        _, ending = TASKS[task]
-        architecture = next((a for a in family.heads if a.endswith(ending)), None)
+        architecture = next((a for a, head in family.heads.items() if head == TASKS[task]), None)
         if architecture is None:
             raise ValueError(f"{family.name} models have no head for {task!r}; they have {sorted(family.heads)}")
     if architecture is None or architecture not in family.heads:

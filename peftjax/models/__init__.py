@@ -2,6 +2,7 @@
 
 from .base import Family as Family
 from .bert import FAMILY as BERT
+from .gpt2 import FAMILY as GPT2
 from .llama import FAMILY as LLAMA
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, LLAMA)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, GPT2, LLAMA)}

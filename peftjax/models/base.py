@@ -34,6 +34,7 @@ class Family(NamedTuple):
       unused: patterns of tensor names that the module has no use for.
       renames: (pattern, replacement) for older spellings of tensor names.
       fixed: config key -> the only value supported.
+      harmless: config keys of this family, beside HARMLESS, that change nothing about the function.
       check: raises for a config that the module cannot honour.
       cache_shape: config -> (layers, key/value heads, head size); None for an encoder.
       max_length: config -> longest text in tokens.
@@ -50,6 +51,7 @@ class Family(NamedTuple):
     unused: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     fixed: Mapping[str, Any] = {}
+    harmless: tuple[str, ...] = ()
     check: Callable[[Any], None] = lambda config: None
     cache_shape: Callable[[Any], tuple[int, int, int]] | None = None
     max_length: Callable[[Any], int] = lambda config: config.max_position_embeddings
@@ -57,14 +59,17 @@ class Family(NamedTuple):
     transposed: Callable[[str], bool] = lambda path: path.endswith("/kernel")
 
 
+LISTS = "h|layers?|block"  # names of lists of modules; GPT-2's `ln_1` is no member of one
+
+
 def hf_name(path: str) -> str:
-    """The name of a parameter in Hugging Face files.
+    """The name of a parameter in Hugging Face files; the members of its lists are `.0`, ... there and `_0`, ... here.
 
     >>> hf_name("model/layers_0/self_attn/q_proj/kernel")
     'model.layers.0.self_attn.q_proj.weight'
     """
     *modules, leaf = path.split("/")
-    modules = [re.sub(r"_(\d+)$", r".\1", m) for m in modules]
+    modules = [re.sub(rf"^({LISTS})_(\d+)$", r"\1.\2", m) for m in modules]
     return ".".join([*modules, {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)])
 
 
@@ -83,7 +88,7 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
         if key in family.fixed:
             if value not in (family.fixed[key], None):
                 bad.append(f"{key}={value!r} (supported: {family.fixed[key]!r})")
-        elif key not in honoured and key not in HARMLESS:
+        elif key not in honoured and key not in HARMLESS and key not in family.harmless:
             neutral = defaults.get(key) if key in defaults else None
             if value != neutral and value is not None and value not in ({}, []):
                 bad.append(f"{key}={value!r} (supported: {neutral!r})")

@@ -244,21 +244,23 @@ def run_blocks(
     context: Context,
     cache: Any,
     *args,
+    each: tuple = (),
     remat: bool,
 ) -> tuple[jax.Array, Any]:
     """Runs n blocks `name_0 ...` one after another, or scans over `name_*` if that is what the tree holds.
 
     Args:
-      block: name -> module whose call is `(x, layer cache or None, context, *args) -> (x, layer cache)`.
+      block: name -> module whose call is `(x, layer cache or None, context, *own, *args) -> (x, layer cache)`.
       args: arrays that all blocks share, such as rotary angles.
+      each: arrays of n rows, one for each block: its `own`.
       remat: recompute a block's activations in the backward pass instead of keeping them.
     """
     stacked = f"{name}_*"
     deterministic = context.deterministic
     arrays = context._replace(deterministic=None)
 
-    def call(module, x, layer, arrays, args):
-        return module(x, layer, arrays._replace(deterministic=deterministic), *args)
+    def call(module, x, layer, own, arrays, args):
+        return module(x, layer, arrays._replace(deterministic=deterministic), *own, *args)
 
     if parent.has_variable("params", stacked):
         body = nn.remat(call, prevent_cse=False) if remat else call
@@ -266,13 +268,14 @@ def run_blocks(
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] - a tree is allowed
+            in_axes=(0, 0, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType] - a tree is allowed
             length=n,
         )
-        return scan(block(stacked), x, cache, arrays, args)
+        return scan(block(stacked), x, cache, each, arrays, args)
     caches = []
     body = nn.remat(call) if remat else call
     for i in range(n):
-        x, layer = body(block(f"{name}_{i}"), x, None if cache is None else cache[i], arrays, args)
+        own = tuple(rows[i] for rows in each)
+        x, layer = body(block(f"{name}_{i}"), x, None if cache is None else cache[i], own, arrays, args)
         caches.append(layer)
     return x, None if cache is None else tuple(caches)
