@@ -22,8 +22,8 @@ from safetensors.numpy import save
 from .hub import Model, fingerprint
 from .layout import unstack_layers
 from .methods import Method, from_spec
-from .tree import Tree, flatten, get, nearest, update
-from .weights import NODES, data_fields, is_node, static_fields
+from .tree import Tree, flatten, nearest, update
+from .weights import NODES, Blocks, data_fields, is_node, static_fields
 
 FORMAT = 1
 SAVED, BASE = "saved", "base"
@@ -79,13 +79,9 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
 
 def _check_unsaved(model: Model, params: Tree, saved: dict[str, bool]) -> None:
     """What is not saved must be what a reader will have: the base's own arrays, and none that was drawn anew."""
-    base, seen = flatten(model.params), {}
-    for path, x in flatten(params).items():
-        bare = path
-        while bare.endswith("/base"):
-            bare = bare.removesuffix("/base")
-        if not saved[path] and bare in base:
-            seen[bare] = x
+    there = flatten(params, is_leaf=is_node)
+    beneath = {p: _beneath(p, there[p], saved, x) for p, x in flatten(model.params).items() if p in there}
+    seen = {p: x for p, x in beneath.items() if x is not None}
     if drawn := [p for p in model.fresh if p in seen]:
         raise ValueError(
             f"the model's new task head {drawn} would not be saved, and a reader would draw another one; "
@@ -93,6 +89,20 @@ def _check_unsaved(model: Model, params: Tree, saved: dict[str, bool]) -> None:
         )
     if fingerprint(model) != fingerprint(model._replace(params=update(model.params, seen))):
         raise ValueError("the method changed arrays of the base that it does not save; let `saved` select them too")
+
+
+def _beneath(path: str, x: Any, saved: dict[str, bool], whole: jax.Array) -> jax.Array | None:
+    """What lies under x and is not saved, in the shape of the base's array `whole`; None if all is saved."""
+    if isinstance(x, Blocks):
+        pieces = {
+            name: _beneath(f"{path}/blocks/{name}", w, saved, x.piece(whole, name)) for name, w in x.blocks.items()
+        }
+        if all(piece is None for piece in pieces.values()):
+            return None
+        return x.join({n: x.piece(whole, n) if piece is None else piece for n, piece in pieces.items()})
+    if is_node(x):
+        return _beneath(f"{path}/base", x.base, saved, whole) if "base" in data_fields(x) else None
+    return None if saved[path] else x
 
 
 def write_atomically(file: str | Path, data: bytes | str) -> int:
@@ -148,7 +158,7 @@ def load_adapter(file: str | Path, model: Model) -> Adapter:
     if strange := [p for p in header["arrays"] if p not in base]:
         raise ValueError(f"{file}: the base has no {strange}; the nearest paths are {nearest(strange[0], base)}")
     new = {p: jnp.asarray(tensors[p]) for p in header["arrays"]}
-    new |= {p: _rebuild(file, p, d, tensors, model.params, p) for p, d in header["nodes"].items()}
+    new |= {p: _rebuild(file, p, d, tensors, base.get(p)) for p, d in header["nodes"].items()}
     for path, x in new.items():
         if path in base and x.shape != base[path].shape:
             raise ValueError(f"{file}: {path} has shape {x.shape}, the base has {base[path].shape}")
@@ -197,9 +207,11 @@ def _describe(path: str, n: Any, saved: dict[str, bool]) -> dict:
             return None
         if is_node(value):
             return _describe(here, value, saved)
+        if isinstance(value, dict):
+            return {"items": {k: field(f"{name}/{k}", v) for k, v in value.items()}}
         if saved.get(here):
             return SAVED
-        if name == "base":
+        if name == "base" or isinstance(n, Blocks):
             return BASE
         raise ValueError(f"the method does not save {here}, and it is not the base's; the file could not be loaded")
 
@@ -209,13 +221,14 @@ def _describe(path: str, n: Any, saved: dict[str, bool]) -> dict:
 
 def _tensor_names(path: str, description: dict) -> list[str]:
     out = []
-    for name, d in description["fields"].items():
+    for name, d in (description["items"] if "items" in description else description["fields"]).items():
         here = f"{path}/{name}"
         out += [here] if d == SAVED else _tensor_names(here, d) if isinstance(d, dict) else []
     return out
 
 
-def _rebuild(file, path: str, description: dict, tensors: dict, base: Tree, base_path: str) -> Any:
+def _rebuild(file, path: str, description: dict, tensors: dict, whole: Any) -> Any:
+    """The node of a description; `whole` is the base's array that it stands for, if it stands for one."""
     cls = NODES.get(description["class"])
     if cls is None:
         raise ValueError(
@@ -225,14 +238,19 @@ def _rebuild(file, path: str, description: dict, tensors: dict, base: Tree, base
     if unknown:
         raise ValueError(f"{file}: {path}: the fields {sorted(unknown)} of {cls.__name__} differ from the file's")
     values = {k: _tuples(v) for k, v in description["static"].items()}
+
+    def field(here, d, whole):
+        if isinstance(d, dict):
+            return _rebuild(file, here, d, tensors, whole)
+        return jnp.asarray(tensors[here]) if d == SAVED else None if d is None else whole
+
     for name, d in description["fields"].items():
         here = f"{path}/{name}"
-        if isinstance(d, dict):
-            values[name] = _rebuild(file, here, d, tensors, base, base_path)
-        elif d == SAVED:
-            values[name] = jnp.asarray(tensors[here])
+        if isinstance(d, dict) and "items" in d:
+            bare = cls(**{**dict.fromkeys(description["fields"]), **values})  # knows which columns are whose
+            values[name] = {k: field(f"{here}/{k}", x, bare.piece(whole, k)) for k, x in d["items"].items()}
         else:
-            values[name] = None if d is None else get(base, base_path)
+            values[name] = field(here, d, whole)
     return cls(**values)
 
 

@@ -153,6 +153,56 @@ class Trained(Weight):
         return attend(self.value, x)
 
 
+@node
+class Blocks(Weight):
+    """Column blocks side by side, `W = [W_1 | W_2 | ...]`, so that a method can act on one of them.
+
+    Attributes:
+      blocks: name -> array or node.
+      columns: (name, first, last + 1) of each block, from left to right, leaving nothing out.
+
+    >>> w = split(jnp.ones((2, 3)), {"query": slice(0, 1), "value": slice(1, 3)})
+    >>> w.blocks["value"].shape, dot(w, jnp.ones((1, 2))).tolist()
+    ((2, 2), [[2.0, 2.0, 2.0]])
+    """
+
+    blocks: dict[str, Any]
+    columns: tuple[tuple[str, int, int], ...] = static(default=())
+    trains = ()
+
+    @property
+    def shape(self):
+        first = self.blocks[self.columns[0][0]]
+        return (*first.shape[:-1], self.columns[-1][2])
+
+    @property
+    def dtype(self):
+        return self.blocks[self.columns[0][0]].dtype
+
+    def materialize(self):
+        return self.join({name: materialize(w) for name, w in self.blocks.items()})
+
+    def dot(self, x):
+        return self.join({name: dot(w, x) for name, w in self.blocks.items()})
+
+    def take(self, ids):
+        return self.join({name: take(w, ids) for name, w in self.blocks.items()})
+
+    def join(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
+        """Puts one array a block side by side again."""
+        return jnp.concatenate([arrays[name] for name, _, _ in self.columns], axis=-1)
+
+    def piece(self, whole: jax.Array, name: str) -> jax.Array:
+        """The columns of `whole` that a block stands for."""
+        return next(whole[..., first:end] for n, first, end in self.columns if n == name)
+
+
+def split(w: jax.Array, parts: Mapping[str, slice]) -> Blocks:
+    """An array as `Blocks` of its last axis, by the parts of a fused site."""
+    columns = tuple((name, s.start, s.stop) for name, s in parts.items())
+    return Blocks({name: w[..., first:end] for name, first, end in columns}, columns)
+
+
 def materialize(w: Any) -> jax.Array:
     """The array itself, or the array that a node stands for."""
     return w.materialize() if isinstance(w, Weight) else w

@@ -149,8 +149,8 @@ def test_unknown_task(tmp_path):
         hub.load(saved(tmp_path), "poetry")
     with pytest.raises(ValueError, match="bert models have no head for 'causal-lm'"):
         hub.from_config(transformers.BertConfig(**BERT), "causal-lm")
-    with pytest.raises(ValueError, match="model type 'gpt2'; peftjax has the families"):
-        hub.from_config(transformers.GPT2Config(), "causal-lm")
+    with pytest.raises(ValueError, match="model type 'opt'; peftjax has the families"):
+        hub.from_config(transformers.OPTConfig(), "causal-lm")
 
 
 BAD_CONFIGS: list[Any] = [

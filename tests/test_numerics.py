@@ -5,6 +5,7 @@ Base models are tiny and random with non-zero biases; adapters are random, non-z
 
 import copy
 import functools
+import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -52,6 +53,20 @@ CONFIGS = {
     "llama": lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, attention_bias=True, mlp_bias=True),
     "llama-no-bias": lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=2, head_dim=6),
     "llama-mha": lambda: transformers.LlamaConfig(**LLAMA, num_key_value_heads=HEADS),
+    "gpt2": lambda: transformers.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=WIDTH,
+        n_layer=LAYERS,
+        n_head=4,
+        n_inner=24,
+        n_positions=32,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        scale_attn_by_inverse_layer_idx=True,
+        eos_token_id=0,
+        bos_token_id=0,
+    ),
     "llama-tied": lambda: transformers.LlamaConfig(**LLAMA | {"tie_word_embeddings": True}),
 }
 
@@ -68,12 +83,12 @@ class Pair(NamedTuple):
 def _pair(name: str, folder) -> Pair:
     torch.manual_seed(len(name))
     config = CONFIGS[name]()
-    kind = "ForSequenceClassification" if name == "bert" else "ForCausalLM"
-    theirs = getattr(transformers, config.model_type.capitalize() + kind)(config).eval()
+    kind = transformers.AutoModelForSequenceClassification if name == "bert" else transformers.AutoModelForCausalLM
+    theirs = kind.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for path, p in theirs.named_parameters():
             p.normal_(0, 0.3)
-            p.add_(1.0 if "norm.weight" in path.lower() else 0.0)
+            p.add_(1.0 if re.search(r"norm\.weight|ln_\w\.weight", path.lower()) else 0.0)
     theirs.save_pretrained(folder / name)
     ours = hub.load(folder / name)
     assert not ours.fresh
@@ -265,6 +280,16 @@ LORA = {
         {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "v_proj"]},
         lora(4, 6, ["embedding", "value"], tied_embedding="take"),
     ),
+    "gpt2, whole c_attn": (
+        "gpt2",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn"], "fan_in_fan_out": True},
+        lora(4, 6, ["fused_qkv"]),
+    ),
+    "gpt2, all linear": (
+        "gpt2",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+        lora(4, 6, ["linear"]),
+    ),
 }
 
 
@@ -275,7 +300,9 @@ def test_lora(pair, name):
     check(pair(base), theirs, method, params, links)
 
 
-@pytest.mark.parametrize("name", ["all linear", "all linear, llama", "patterns", "rslora", "embedding"])
+@pytest.mark.parametrize(
+    "name", ["all linear", "all linear, llama", "patterns", "rslora", "embedding", "gpt2, all linear"]
+)
 def test_merged_lora_is_peft_merge_and_unload(pair, name):
     base, config, method = LORA[name]
     theirs, params, _ = with_lora(pair(base), config, method)
@@ -284,7 +311,7 @@ def test_merged_lora_is_peft_merge_and_unload(pair, name):
     assert set(merged) == set(flatten(pair(base).ours.params))
     for path, w in merged.items():
         reference = expected[hf_name(path)].detach().numpy()
-        reference = reference.T if path.endswith("/kernel") else reference
+        reference = reference.T if pair(base).ours.family.transposed(path) else reference
         np.testing.assert_allclose(w, reference, atol=1e-6, err_msg=path)
     assert any(np.abs(w).min() > 0 for path, w in merged.items() if path.endswith("/bias"))
     batch = pair(base).batch
@@ -293,6 +320,36 @@ def test_merged_lora_is_peft_merge_and_unload(pair, name):
         pair(base).ours.forward(params, batch).logits,
         atol=TOLERANCE,
     )
+
+
+def test_lora_on_query_and_value_of_a_fused_product(pair):
+    """As one LoRA of twice the rank on all of c_attn: A = [A_q A_v], B = the two blocks, zero elsewhere."""
+    base, method, r = pair("gpt2"), lora(3, 5), 3
+    config = {"r": 2 * r, "lora_alpha": 10, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    theirs = peft.get_peft_model(copy.deepcopy(base.theirs), peft.LoraConfig(**config)).eval()
+    params, links = start(base, method), {}
+    blocks = {"query": (slice(0, r), slice(0, WIDTH)), "value": (slice(r, 2 * r), slice(2 * WIDTH, 3 * WIDTH))}
+    for i in range(LAYERS):
+        module = theirs.base_model.model.transformer.h[i].attn.c_attn
+        a, b = module.lora_A["default"].weight, module.lora_B["default"].weight
+        for part, (rank, columns) in blocks.items():
+            at = f"transformer/h_{i}/attn/c_attn/kernel/blocks/{part}"
+            links[f"{at}/a"] = Link(a, lambda x, rank=rank: x[rank].T)
+            links[f"{at}/b"] = Link(b, lambda x, rank=rank, columns=columns: x[columns, rank].T)
+    randomise(theirs, links)
+    with torch.no_grad():
+        for link in links.values():
+            if len(link.tensor) == 3 * WIDTH:
+                keep = torch.zeros_like(link.tensor)
+                for rank, columns in blocks.values():
+                    keep[columns, rank] = 1
+                link.tensor.mul_(keep)
+    params = fill(params, links)
+    check(base, theirs, method, params, links)
+    merged = merge(params)
+    assert jax.tree.structure(merged) == jax.tree.structure(base.ours.params)
+    want = theirs.merge_and_unload().transformer.h[1].attn.c_attn.weight.detach().numpy()
+    np.testing.assert_allclose(merged["transformer"]["h_1"]["attn"]["c_attn"]["kernel"], want, atol=1e-6)
 
 
 def test_lora_with_head_is_peft_modules_to_save(pair):
@@ -477,7 +534,7 @@ def with_prefix(pair: Pair, n: int, **config):
     return peft.get_peft_model(copy.deepcopy(pair.theirs), config).eval()
 
 
-@pytest.mark.parametrize("name", ["bert", "llama", "llama-no-bias", "llama-tied"])
+@pytest.mark.parametrize("name", ["bert", "llama", "llama-no-bias", "llama-tied", "gpt2"])
 def test_prefix(pair, name):
     """Grouped heads, own head size, padding on either side.
 
@@ -533,13 +590,13 @@ def test_prefix_layers_are_in_order_beyond_ten(key):
 # What trains as it is: bitfit, head, full
 
 
-def plain_links(theirs, params) -> dict[str, Link]:
+def plain_links(theirs, params, family) -> dict[str, Link]:
     named = dict(theirs.named_parameters())
     links = {}
     for path in flatten(params):
         leaf = path.removesuffix("/value")
         tensor = named[hf_name(leaf)]
-        links[path] = transposed(tensor) if leaf.endswith("/kernel") else Link(tensor)
+        links[path] = transposed(tensor) if family.transposed(leaf) else Link(tensor)
     return links
 
 
@@ -548,7 +605,7 @@ def only(pair: Pair, method, wanted: Callable[[str], bool]):
     theirs = copy.deepcopy(pair.theirs)
     params = start(pair, method)
     trainable, _ = partition(params, method.trainable(params))
-    links = plain_links(theirs, trainable)
+    links = plain_links(theirs, trainable, pair.ours.family)
     for name, p in theirs.named_parameters():
         p.requires_grad_(wanted(name))
     linked = {id(link.tensor) for link in links.values()}
@@ -566,6 +623,8 @@ PLAIN = {
         bitfit(["query", "mlp_in"]),
         lambda n: n.endswith(("query.bias", "intermediate.dense.bias")),
     ),
+    "bitfit, gpt2": ("gpt2", bitfit(), lambda n: n.endswith("bias")),
+    "full, gpt2": ("gpt2", full(), lambda n: True),
     "head": ("bert", head(), lambda n: n.startswith("classifier")),
     "bitfit and head": ("bert", chain(bitfit(), head()), lambda n: n.endswith("bias") or "classifier" in n),
     "full": ("bert", full(), lambda n: True),
@@ -593,7 +652,7 @@ def test_bitfit_creates_zero_biases_that_train(pair):
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.load_state_dict(base.theirs.state_dict(), strict=False)
     trainable, _ = partition(params, method.trainable(params))
-    links = plain_links(theirs, trainable)
+    links = plain_links(theirs, trainable, base.ours.family)
     assert len(links) == 7 * LAYERS
     randomise(theirs, links)
     check(base, theirs, method, fill(params, links), links)
@@ -630,10 +689,18 @@ def llama_of(layers, width, heads):
     )
 
 
+def gpt2_of(layers, width, heads):
+    return transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
+
+
 COUNTS = {  # as published, and as counted independently in the survey's tables
     # Hu et al. 2022: 2 r d for each of query and value, in 12 layers
     "lora": (bert_cased(), lora(8), "encoder", 294_912),
     "lora, llama": (llama_of(12, 768, 12), lora(8), "causal-lm", 294_912),
+    # Hu et al. 2022's layers for GPT-2 medium, r = 4 on query and value: 2 r (d + d) each
+    "lora, gpt2": (gpt2_of(24, 1024, 16), lora(4), "causal-lm", 24 * 2 * 4 * (1024 + 1024)),
+    "bitfit subset, gpt2": (gpt2_of(24, 1024, 16), bitfit(["query", "mlp_in"]), "causal-lm", 24 * (1024 + 4096)),
+    "prefix, gpt2": (gpt2_of(24, 1024, 16), prefix(5), "causal-lm", 245_760),
     # Ben Zaken et al. 2022, table 1: 0.09% of BERT-base and 0.08% of BERT-large; all biases, pooler included
     "bitfit, base": (bert_cased(), bitfit(), "encoder", 102_912),
     "bitfit, large": (bert_cased(24, 1024, 16), bitfit(), "encoder", 272_384),

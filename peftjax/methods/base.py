@@ -14,6 +14,7 @@ The laws that every method obeys (tests/test_methods.py checks them over the tab
 10. `chain` of methods that touch different leaves equals applying both; the same leaf nests or raises.
 """
 
+import dataclasses
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -24,9 +25,9 @@ import jax.numpy as jnp
 from .. import masks
 from ..layout import is_stacked, layer_paths
 from ..tree import Tree, flatten, get, matches, nearest, update
-from ..weights import Trained, Weight, data_fields, is_node
+from ..weights import Blocks, Trained, Weight, data_fields, is_node, split
 
-LINEAR = ("query", "key", "value", "attention_out", "mlp_in", "mlp_out")  # kinds of the weights `x @ W`
+LINEAR = ("query", "key", "value", "fused_qkv", "attention_out", "mlp_in", "mlp_out")  # kinds of weights `x @ W`
 
 
 class Site(NamedTuple):
@@ -34,13 +35,14 @@ class Site(NamedTuple):
 
     Attributes:
       path: of the weight, or of the module for the kinds 'attention', 'block' and 'positions'.
-      kind: 'query', 'key', 'value', 'attention_out', 'mlp_in', 'mlp_out', 'embedding', 'embedding_other' (types,
+      kind: 'query', 'key', 'value', 'fused_qkv', 'attention_out', 'mlp_in', 'mlp_out', 'embedding', 'embedding_other' (types,
         learned positions), 'head' (of a task), 'lm_head', 'norm', 'attention', 'block', 'positions', 'pooler'.
       layer: index of the layer, or None outside the stack.
       width: features of the site's output.
       heads: (query heads, key/value heads, head size) at attention sites.
       axes: (input axes, output axes, leading layer axes) of a weight that is not `(inputs, outputs)`.
-      parts: of a fused output, name -> slice of the output features.
+      parts: of a fused output, name -> slice of the output features; a target may name one of them.
+      part: the part of the weight that is meant; None: the whole.
       tied: this embedding is also the output head.
     """
 
@@ -51,12 +53,18 @@ class Site(NamedTuple):
     heads: tuple[int, int, int] | None = None
     axes: tuple | None = None
     parts: Mapping[str, slice] = {}
+    part: str | None = None
     tied: bool = False
 
     @property
     def module(self) -> str:
         """The path of the module that holds the weight."""
         return self.path.rpartition("/")[0]
+
+    def only(self, part: str) -> "Site":
+        """The site of one part of this fused weight."""
+        columns = self.parts[part]
+        return self._replace(kind=part, part=part, width=columns.stop - columns.start)
 
 
 def _nothing(params: Tree, key: jax.Array | None) -> Tree:
@@ -161,6 +169,10 @@ def _check_overlap(m: Method, owner: dict[str, Method], old: Tree, new: Tree) ->
 def _contains(outer, inner) -> bool:
     if outer is inner:
         return True
+    if isinstance(inner, Blocks):  # made anew for each part; what methods put into it must be there
+        return all(_contains(outer, b) for b in inner.blocks.values() if is_node(b))
+    if isinstance(outer, Mapping):
+        return any(_contains(x, inner) for x in outer.values())
     return is_node(outer) and any(_contains(getattr(outer, f), inner) for f in data_fields(outer))
 
 
@@ -171,7 +183,7 @@ def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: I
       params: per-layer parameters.
       sites: the family's table; patterns also reach paths without a site.
       targets: such as `['query', 'value']` or `['model/layers_[0-3]/.*_proj/kernel']`. 'linear' stands
-        for all kinds of `LINEAR`.
+        for all kinds of `LINEAR`. Where query, key and value are one fused product, 'query' means that part.
       kinds: if given, only sites of these kinds may be chosen by kind.
 
     Raises:
@@ -193,45 +205,65 @@ def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: I
         raise ValueError(f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first")
     by_path = {s.path: s for s in sites if not kinds or s.kind in kinds or s.path in paths}
     there = sorted({s.kind for s in sites if not kinds or s.kind in kinds})
-    chosen = {}
+    parts = sorted({part for s in by_path.values() for part in s.parts} - set(there))
+    chosen: dict[tuple, Site] = {}
     for target in targets:
         wanted = [k for k in LINEAR if k in there] if target == "linear" else [target]
         found = [s for s in by_path.values() if s.kind in wanted and s.kind in there]
+        if not found and target in parts:
+            found = [s.only(target) for s in by_path.values() if target in s.parts]
         if not found:
             found = [by_path.get(p, Site(p, "weight")) for p in paths if matches(target, p)]
         if not found:
             raise ValueError(
-                f"the target {target!r} is no kind of site of this model (it has {there}) and as a pattern "
+                f"the target {target!r} is no kind of site of this model (it has {there + parts}) and as a pattern "
                 f"matches no whole path; the nearest paths are {nearest(target, paths)}"
             )
-        chosen.update((s.path, s) for s in found)
-    return list(chosen.values())
+        chosen.update(((s.path, s.part), s) for s in found)
+    return [s for s in chosen.values() if s.part is None or (s.path, None) not in chosen]
 
 
 def wrap(key: jax.Array, params: Tree, sites: Iterable[Site], new: Callable) -> Tree:
     """Rewrites the weight at each site to `new(key, weight, site)`, every site with a key of its own.
 
+    Of a fused weight, a site may be one part: the array becomes `Blocks`, and the part's block is rewritten.
+
     Raises:
-      ValueError: a site is a module or a hook and no weight.
+      ValueError: a site is a module or a hook and no weight, or a part of a weight rewritten as a whole.
     """
-    old = [(s, get(params, s.path)) for s in sites]
-    for s, w in old:
+    out: dict[str, Any] = {}
+    for s in sites:
+        w = out[s.path] if s.path in out else get(params, s.path)
         if isinstance(w, Mapping) or (is_node(w) and not isinstance(w, Weight)):
             raise ValueError(f"{s.path} (kind {s.kind!r}) is no weight; target weights such as {LINEAR}")
-    return update(params, {s.path: new(path_key(key, s.path), w, s) for s, w in old})
+        if s.part is None:
+            out[s.path] = new(path_key(key, s.path), w, s)
+            continue
+        if is_node(w) and not isinstance(w, Blocks):
+            raise ValueError(
+                f"{s.path} is already a {type(w).__name__} as a whole, so its part {s.part!r} cannot be rewritten; "
+                "apply the method of the part first, or target the whole"
+            )
+        w = w if isinstance(w, Blocks) else split(w, s.parts)
+        block = new(path_key(key, f"{s.path}/{s.part}"), w.blocks[s.part], s)
+        out[s.path] = dataclasses.replace(w, blocks={**w.blocks, s.part: block})
+    return update(params, out)
 
 
-def mark(name: str, params: Tree, paths: Iterable[str]) -> Tree:
-    """Replaces the arrays at the paths by `Trained` nodes, which train as they are.
+def mark(name: str, params: Tree, places: Iterable[str | Site]) -> Tree:
+    """Replaces the arrays at the paths, or at parts of them, by `Trained` nodes, which train as they are.
 
     Raises:
       ValueError: an array is a node already; `name` is the method that the message speaks of.
     """
-    arrays = {p: get(params, p) for p in paths}
-    for path, x in arrays.items():
+
+    def trained(key, x, site):
         if is_node(x):
-            raise ValueError(f"{name}: {path} is already a {type(x).__name__}; apply {name} first or leave it out")
-    return update(params, {p: Trained(x) for p, x in arrays.items()})
+            raise ValueError(f"{name}: {site.path} is already a {type(x).__name__}; apply {name} first or leave it out")
+        return Trained(x)
+
+    sites = [Site(p, "weight") if isinstance(p, str) else p for p in places]
+    return wrap(jax.random.key(0), params, sites, trained)
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:

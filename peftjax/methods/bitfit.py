@@ -42,6 +42,7 @@ def bitfit(targets: Sequence[str] | None = None, *, create: bool = False) -> Met
             weights = select(params, sites, targets)
             _check_targets(params, sites, targets, leaves, create)
             modules = {s.module for s in weights if f"{s.module}/bias" in leaves}
+        parts = [s._replace(path=f"{s.module}/bias") for s in weights if s.part]
         linear = [s for s in weights if s.path.endswith("/kernel")]  # a bias beside an embedding would never be read
         missing = [s for s in linear if create and s.module not in modules]
         if not modules and not missing:
@@ -51,7 +52,8 @@ def bitfit(targets: Sequence[str] | None = None, *, create: bool = False) -> Met
             )
         zeros = {s.module: jnp.zeros(get(params, s.path).shape[-1:], get(params, s.path).dtype) for s in missing}
         params = update(params, {f"{m}/bias": zero for m, zero in zeros.items()})
-        return mark("bitfit", params, [f"{m}/bias" for m in sorted({*modules, *zeros})])
+        whole = {*modules, *zeros} - {s.module for s in parts}
+        return mark("bitfit", params, [*(f"{m}/bias" for m in sorted(whole)), *parts])
 
     return method("bitfit", arguments, init, trainable=masks.by_node(Trained))
 
