@@ -12,7 +12,7 @@ import transformers
 
 from peftjax import METHODS, Method, chain, combine, count, hub, merge, partition, stack_layers
 from peftjax.checkpoint import load_adapter, save_adapter
-from peftjax.methods import bitfit, default_rate, from_spec, full, head, lora, prefix
+from peftjax.methods import bitfit, default_rate, dora, from_spec, full, head, lora, prefix
 from peftjax.train import Settings, fit
 from peftjax.tree import cast, flatten, map_with_path
 
@@ -51,6 +51,22 @@ def bert() -> hub.Model:
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 
 
+def gpt2() -> hub.Model:
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=D,
+        n_inner=FF,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_positions=64,
+        attn_pdrop=0.0,
+        embd_pdrop=0.0,
+        resid_pdrop=0.0,
+        initializer_range=0.3,
+    )
+    return _noisy(hub.from_config(config, "classification", labels=LABELS))
+
+
 def _noisy(model: hub.Model) -> hub.Model:
     """Biases and norm scales away from 0 and 1, as in a trained model."""
     return model._replace(params=_noise(model.params, 0.1))
@@ -64,7 +80,7 @@ def _noise(params, size):
     return map_with_path(add, params)
 
 
-FAMILIES = {"llama": llama, "bert": bert}
+FAMILIES = {"llama": llama, "bert": bert, "gpt2": gpt2}
 
 
 class Sizes(NamedTuple):
@@ -74,12 +90,14 @@ class Sizes(NamedTuple):
     biases: int
     head: int
     mlp_in: int  # matrices a layer
+    attention: int  # inputs and outputs of the attention's matrices, in all
 
 
 SIZES = {
-    "llama": Sizes(KV * SIZE, LAYERS * (D + 2 * KV * SIZE + D + FF + FF + D), D * LABELS, 2),
+    "llama": Sizes(KV * SIZE, LAYERS * (D + 2 * KV * SIZE + D + FF + FF + D), D * LABELS, 2, 4 * D + 2 * (D + KV * SIZE)),
     # q k v o, two norms, intermediate, output; the embeddings' norm and the pooler
-    "bert": Sizes(D, LAYERS * (4 * D + 2 * D + FF + D) + D + D, (D + 1) * LABELS, 1),
+    "bert": Sizes(D, LAYERS * (4 * D + 2 * D + FF + D) + D + D, (D + 1) * LABELS, 1, 8 * D),
+    "gpt2": Sizes(D, LAYERS * (3 * D + D + FF + D + 2 * D) + D, D * LABELS, 1, 4 * D + 2 * D),  # q k v are one
 }
 
 
@@ -104,17 +122,32 @@ CASES = {
     "bitfit": Case(bitfit(), r".*/bias/value", lambda s, n: s.biases),
     "bitfit-subset": Case(
         bitfit(["query", "mlp_in"]),
-        r".*/(query|q_proj|gate_proj|up_proj|intermediate/dense)/bias/value",
+        r".*/(query|q_proj|gate_proj|up_proj|intermediate/dense|c_fc|blocks/query)(/bias)?/value",
         lambda s, n: LAYERS * (D + s.mlp_in * FF),
     ),
     "lora": Case(
         lora(rank=3, alpha=5),
-        r".*/(query|value|q_proj|v_proj)/kernel/[ab]",
+        r".*/(query|value|q_proj|v_proj)(/kernel)?/[ab]",
         lambda s, n: _lora_count(3, (D, D), (D, s.kv)),
+    ),
+    "dora": Case(
+        dora(rank=3, alpha=5),
+        r".*/(query|value|q_proj|v_proj)(/kernel)?/([ab]|magnitude)",
+        lambda s, n: _lora_count(3, (D, D), (D, s.kv)) + LAYERS * (D + s.kv),
+    ),
+    "dora-everywhere": Case(
+        dora(rank=2, alpha=3, dropout=0.2, targets=["linear", "embedding"], rank_pattern={"mlp_out": 1}),
+        r".*(layer|layers|h)_\d+/.*/kernel/([ab]|magnitude)|.*/(word_embeddings|embed_tokens|wte)/embedding/([ab]|magnitude)",
+        lambda s, n: (
+            2 * (VOCAB + D)
+            + D
+            + LAYERS * (2 * s.attention + 2 * s.mlp_in * (D + FF) + (FF + D))
+            + LAYERS * (2 * D + 2 * s.kv + s.mlp_in * FF + D)  # a length for each output
+        ),
     ),
     "rslora-dropout": Case(
         lora(rank=2, alpha=7, rslora=True, dropout=0.3, targets=["key"]),
-        r".*/(key|k_proj)/kernel/[ab]",
+        r".*/(key|k_proj)(/kernel)?/[ab]",
         lambda s, n: _lora_count(2, (D, s.kv)),
     ),
     "lora-patterns": Case(
@@ -122,12 +155,12 @@ CASES = {
             rank=1,
             targets=["linear", "embedding"],
             rank_pattern={"mlp_out": 4, ".*_0/.*": 2},
-            alpha_pattern={"query": 9},
+            alpha_pattern={"attention_out": 9},
         ),
-        r".*(layer|layers)_\d+/.*/kernel/[ab]|.*(word_embeddings|embed_tokens)/embedding/[ab]",
+        r".*(layer|layers|h)_\d+/.*/kernel/[ab]|.*(word_embeddings|embed_tokens|wte)/embedding/[ab]",
         lambda s, n: (
             (VOCAB + D)
-            + 3 * (2 * (D + D) + 2 * (D + s.kv) + s.mlp_in * (D + FF))  # rank 2 in layer 0, rank 1 in layer 1
+            + 3 * (s.attention + s.mlp_in * (D + FF))  # rank 2 in layer 0, rank 1 in layer 1
             + 2 * 4 * (FF + D)
         ),
     ),
@@ -143,19 +176,19 @@ CASES = {
     ),
     "lora+bitfit+head": Case(
         chain(lora(rank=2, targets=["value"]), bitfit(), head()),
-        r".*/(value|v_proj)/kernel/[ab]|.*/bias/value|(classifier|score)/.*",
+        r".*/(value|v_proj)(/kernel)?/[ab]|.*/bias/value|(classifier|score)/.*",
         lambda s, n: _lora_count(2, (D, s.kv)) + s.biases + s.head,
     ),
     "prefix+lora": Case(
         chain(prefix(3), lora(rank=2, targets=["query"])),
-        r".*/prefix/(key|value)|.*/(query|q_proj)/kernel/[ab]",
+        r".*/prefix/(key|value)|.*/(query|q_proj)(/kernel)?/[ab]",
         lambda s, n: 6 * LAYERS * s.kv + _lora_count(2, (D, D)),
         unchanged=False,
         merges=False,
     ),
     "lora over lora": Case(
         chain(lora(rank=2, targets=["query"]), lora(rank=3, alpha=1, targets=["query"])),
-        r".*/(query|q_proj)/kernel/(base/)?[ab]",
+        r".*/(query|q_proj)(/kernel)?/(base/)?[ab]",
         lambda s, n: _lora_count(5, (D, D)),
     ),
 }
@@ -339,6 +372,8 @@ BAD = {
     "a bias as a matrix": (lambda: lora(targets=[".*/bias"]), "expected a matrix"),
     "bitfit of an embedding": (lambda: bitfit(["embedding"]), "create=True"),
     "alpha 0": (lambda: lora(alpha=0), "alpha must be a number above 0"),
+    "rank of dora too large": (lambda: dora(rank=D + 1), "dora: rank 17 is larger .* at most 16"),
+    "dropout of dora": (lambda: dora(dropout=-0.1), r"dora: dropout must be in \[0, 1\)"),
     "rank true": (lambda: lora(rank=True), "whole number"),
     "one target without a bias": (
         lambda: bitfit(["query", "embedding"]),

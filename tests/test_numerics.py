@@ -4,6 +4,7 @@ Base models are tiny and random with non-zero biases; adapters are random, non-z
 """
 
 import copy
+import dataclasses
 import functools
 import re
 from collections.abc import Callable
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 from peftjax import Site, chain, hub, masks, merge, partition, stack_layers
-from peftjax.methods import METHODS, bitfit, full, head, lora, prefix
+from peftjax.methods import METHODS, bitfit, dora, full, head, lora, prefix
+from peftjax.methods.dora import DoRA
 from peftjax.methods.lora import LoRA
 from peftjax.methods.prefix import PrefixMLP
 from peftjax.models.base import hf_name
@@ -184,12 +186,14 @@ def lora_links(theirs, params) -> dict[str, Link]:
     """Each factor here and peft's of the same module."""
     links = {}
     for path, w in flatten(params, is_leaf=is_node).items():
-        if isinstance(w, LoRA):
+        if isinstance(w, LoRA | DoRA):
             module = theirs.base_model.model.get_submodule(hf_name(path).removesuffix(".weight"))
             embedding = path.endswith("/embedding")
             a = module.lora_embedding_A["default"] if embedding else module.lora_A["default"].weight
             b = module.lora_embedding_B["default"] if embedding else module.lora_B["default"].weight
             links |= {f"{path}/a": transposed(a), f"{path}/b": transposed(b)}
+            if isinstance(w, DoRA):
+                links[f"{path}/magnitude"] = Link(module.lora_magnitude_vector["default"].weight)
     return links
 
 
@@ -320,6 +324,160 @@ def test_merged_lora_is_peft_merge_and_unload(pair, name):
         pair(base).ours.forward(params, batch).logits,
         atol=TOLERANCE,
     )
+
+
+# DoRA
+
+
+DORA = {
+    "query, value": ("bert", {"r": 4, "lora_alpha": 8, "target_modules": QV["bert"]}, {"alpha": 8}),
+    "all linear": (
+        "llama",
+        {"r": 4, "lora_alpha": 6, "target_modules": ALL["llama"], "use_rslora": True},
+        {"alpha": 6, "targets": ["linear"], "rslora": True},
+    ),
+    "no biases, patterns": (
+        "llama-no-bias",
+        {"r": 4, "lora_alpha": 4, "target_modules": QV["llama"], "rank_pattern": {"q_proj": 2}},
+        {"alpha": 4, "rank_pattern": {"query": 2}},
+    ),
+    "embedding": (
+        "llama",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens", "q_proj"]},
+        {"alpha": 6, "targets": ["embedding", "query"]},
+    ),
+    "tied, take": (
+        "llama-tied",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["embed_tokens"]},
+        {"alpha": 6, "targets": ["embedding"], "tied_embedding": "take"},
+    ),
+    "gpt2": (
+        "gpt2",
+        {"r": 4, "lora_alpha": 6, "target_modules": ["c_attn", "c_proj", "c_fc"], "fan_in_fan_out": True},
+        {"alpha": 6, "targets": ["linear"]},
+    ),
+}
+
+
+def with_dora(pair, name):
+    base, config, arguments = DORA[name]
+    method = dora(4, **arguments)
+    theirs, params, links = with_lora(pair(base), config | {"use_dora": True}, method)
+    with torch.no_grad():
+        for path, link in links.items():
+            if path.endswith("/magnitude"):  # as long as columns are, so that gradients are not tiny
+                link.tensor.add_(1.0)
+    return pair(base), method, theirs, fill(params, links), links
+
+
+@pytest.mark.parametrize("name", DORA)
+def test_dora(pair, name):
+    base, method, theirs, params, links = with_dora(pair, name)
+    check(base, theirs, method, params, links)
+
+
+@pytest.mark.parametrize("name", ["query, value", "all linear", "embedding", "gpt2"])
+def test_merged_dora_is_peft_merge_and_unload(pair, name):
+    base, _, theirs, params, _ = with_dora(pair, name)
+    expected, merged = dict(theirs.merge_and_unload().named_parameters()), flatten(merge(params))
+    assert any(np.abs(w).min() > 0 for path, w in merged.items() if path.endswith("/bias"))
+    for path, w in merged.items():
+        reference = expected[hf_name(path)].detach().numpy()
+        reference = reference.T if base.ours.family.transposed(path) else reference
+        np.testing.assert_allclose(w, reference, atol=1e-5, err_msg=path)
+    want = base.ours.forward(params, base.batch).logits
+    np.testing.assert_allclose(base.ours.forward(merge(params), base.batch).logits, want, atol=TOLERANCE)
+
+
+def some_dora(seed, rows=7, columns=5, r=3, **kwargs):
+    k = [jax.random.fold_in(seed, i) for i in range(4)]
+    w, a = jax.random.normal(k[0], (rows, columns)), jax.random.normal(k[1], (rows, r))
+    return DoRA(w, a, jax.random.normal(k[2], (r, columns)), jnp.exp(jax.random.normal(k[3], (columns,))), **kwargs)
+
+
+def test_dora_start(pair):
+    """m is the norm of each output's weights, so nothing changes; against torch, which has them in rows."""
+    base, method = pair("bert"), dora(4)
+    params = start(base, method)
+    for path, w in flatten(params, is_leaf=is_node).items():
+        if isinstance(w, DoRA):
+            weight = dict(base.theirs.named_parameters())[hf_name(path)]
+            np.testing.assert_allclose(w.magnitude, torch.linalg.norm(weight, dim=1).detach(), rtol=1e-6)
+    want = base.ours.forward(base.ours.params, base.batch).logits
+    np.testing.assert_allclose(base.ours.forward(params, base.batch).logits, want, atol=1e-5)
+
+
+def test_dora_products_are_the_equations(key):
+    """Equation 5 and, for the gradient, equation 11: the norm is a constant."""
+    w, x = some_dora(key, scale=1.5), jax.random.normal(key, (4, 7))
+
+    def equation(w, x, detached=True):
+        v = w.base + w.scale * w.a @ w.b
+        norm = jnp.linalg.norm(v, axis=0)
+        return x @ (w.magnitude * v / (jax.lax.stop_gradient(norm) if detached else norm))
+
+    np.testing.assert_allclose(dot(w, x), equation(w, x), atol=1e-5)
+    np.testing.assert_allclose(w.materialize(), equation(w, jnp.eye(7)), atol=1e-5)
+    np.testing.assert_allclose(take(w, jnp.array([[3, 0]])), equation(w, jnp.eye(7))[jnp.array([[3, 0]])], atol=1e-5)
+    y = jax.random.normal(key, (2, 5))
+    np.testing.assert_allclose(attend(w, y), y @ equation(w, jnp.eye(7)).T, atol=1e-5)
+
+    def gradient(f):
+        return jax.grad(lambda a, b, m: jnp.sin(f(dataclasses.replace(w, a=a, b=b, magnitude=m))).sum(), (0, 1, 2))(
+            w.a, w.b, w.magnitude
+        )
+
+    got = gradient(lambda w: dot(w, x))
+    for g, same, other in zip(
+        got, gradient(lambda w: equation(w, x)), gradient(lambda w: equation(w, x, False)), strict=True
+    ):
+        np.testing.assert_allclose(g, same, atol=1e-4)
+        assert g.shape == w.magnitude.shape or np.abs(g - other).max() > 1e-2
+    for layers in (dot(w, x), jax.vmap(dot, (0, None))(jax.tree.map(lambda v: jnp.stack([v, v]), w), x)[1]):
+        np.testing.assert_allclose(layers, equation(w, x), atol=1e-5)
+    stacked = jax.tree.map(lambda v: jnp.stack([v, 2 * v]), w)
+    np.testing.assert_allclose(stacked.materialize()[0], w.materialize(), atol=1e-5)
+
+
+def test_dora_of_a_column_of_zeros_stays_zero(key):
+    w = dataclasses.replace(some_dora(key), base=jnp.zeros((7, 5)), b=jnp.zeros((3, 5)), magnitude=jnp.zeros(5))
+    assert np.array_equal(dot(w, jnp.ones((1, 7))), np.zeros((1, 5)))
+    assert np.isfinite(jax.grad(lambda m: dot(dataclasses.replace(w, magnitude=m), jnp.ones((1, 7))).sum())(w.magnitude)).all()
+
+
+def test_dora_drops_the_change_of_the_bases_output_too(key):
+    """The authors' form: W x + (c - 1) W x~ + c s A B x~."""
+    w, x = some_dora(key, key=jax.random.key(5), scale=1.5, dropout=0.4), jax.random.normal(key, (6, 7))
+    dropped = jnp.where(jax.random.bernoulli(jax.random.key(5), 0.6, x.shape), x / 0.6, 0)
+    c = w.magnitude / jnp.linalg.norm(w.base + w.scale * w.a @ w.b, axis=0)
+    want = x @ w.base + (c - 1) * (dropped @ w.base) + c * w.scale * (dropped @ w.a @ w.b)
+    np.testing.assert_allclose(dot(w, x), want, atol=1e-5)
+
+
+def step_flops(method) -> float:
+    config = transformers.LlamaConfig(
+        vocab_size=512, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8
+    )
+    model = hub.from_config(config, "causal-lm", seed=None)
+    params = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, model.sites), model.params)
+    trainable, frozen = partition(params, method.trainable(params))
+
+    def loss(trainable, frozen, ids, key):
+        tree = method.resolve(combine(trainable, frozen), key)
+        return jax.nn.logsumexp(model.forward(tree, {"input_ids": ids}).logits, axis=-1).sum()
+
+    ids, key = jax.ShapeDtypeStruct((4, 256), jnp.int32), jax.eval_shape(lambda: jax.random.key(0))
+    return jax.jit(jax.grad(loss)).lower(trainable, frozen, ids, key).compile().cost_analysis()["flops"]
+
+
+def test_a_dora_step_costs_as_many_flops_as_loras():
+    """At dropout 0; with dropout W x~ is a second product."""
+    cost = {name: step_flops(m(8, 16, ["linear"])) for name, m in (("lora", lora), ("dora", dora))}
+    assert cost["lora"] < cost["dora"] <= 1.1 * cost["lora"]
+    assert step_flops(dora(8, 16, ["linear"], dropout=0.1)) > 1.2 * cost["lora"]
+
+
+# Parts of a fused product
 
 
 def test_lora_on_query_and_value_of_a_fused_product(pair):

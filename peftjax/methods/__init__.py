@@ -12,6 +12,7 @@ from .base import method as method
 from .base import select as select
 from .base import weight_method as weight_method
 from .bitfit import bitfit as bitfit
+from .dora import dora as dora
 from .full import full as full
 from .head import head as head
 from .lora import lora as lora
@@ -49,6 +50,9 @@ TABLE: dict[str, Row] = {
     "head": Row(head, "-", "(d + 1) labels", "task head", True, 1e-3, True, "-"),
     "bitfit": Row(bitfit, "selective", "all biases", "biases", True, 3e-3, False, "arXiv:2106.10199"),
     "lora": Row(lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, True, "arXiv:2106.09685"),
+    "dora": Row(
+        dora, "low-rank", "r (inputs + outputs) + outputs a matrix", "weights", True, 5e-4, True, "arXiv:2402.09353"
+    ),
     "prefix": Row(prefix, "additive", "2 n L k", "attention", False, 1e-2, False, "arXiv:2101.00190"),
 }
 METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}

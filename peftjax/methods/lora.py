@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,18 +33,11 @@ class LoRA(Weight):
     trains: tuple[str, ...] = static(default=("a", "b"))
 
     def materialize(self):
-        if self.only:
-            raise ValueError(
-                "this LoRA acts on the look-up of a tied embedding only, so no single table stands for it; "
-                "train with tied_embedding='both' to merge"
-            )
-        w, product = materialize(self.base), self.scale * (self.a @ self.b)
-        wide = max(w.dtype, product.dtype, key=lambda dtype: dtype.itemsize)
-        return (w.astype(wide) + product.astype(wide)).astype(w.dtype)
+        return low_rank_sum(self).astype(self.dtype)
 
     def dot(self, x):
         a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-        return dot(self.base, x) + self.scale * ((self._drop(x) @ a) @ b)
+        return dot(self.base, x) + self.scale * ((drop(x, self.key, self.dropout) @ a) @ b)
 
     def take(self, ids):
         rows = take(self.base, ids)
@@ -54,11 +47,29 @@ class LoRA(Weight):
         y = attend(self.base, x)
         return y if self.only == "take" else y + self.scale * attend(self.a, attend(self.b, x))
 
-    def _drop(self, x):
-        if self.key is None or not self.dropout:
-            return x
-        keep = jax.random.bernoulli(self.key, 1 - self.dropout, x.shape)
-        return jnp.where(keep, x / (1 - self.dropout), 0).astype(x.dtype)
+
+def low_rank_sum(w: Any) -> jax.Array:
+    """`W + scale · A B` of a LoRA or DoRA, in the wider of their dtypes.
+
+    Raises:
+      ValueError: it acts on the look-up of a tied embedding only.
+    """
+    if w.only:
+        raise ValueError(
+            f"this {type(w).__name__} acts on the look-up of a tied embedding only, so no single table stands for it; "
+            "train with tied_embedding='both' to merge"
+        )
+    base, product = materialize(w.base), w.scale * (w.a @ w.b)
+    wide = max(base.dtype, product.dtype, key=lambda dtype: dtype.itemsize)
+    return base.astype(wide) + product.astype(wide)
+
+
+def drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:
+    """Inverted dropout; none without a key."""
+    if key is None or not rate:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 def lora(
@@ -111,48 +122,81 @@ def lora(
         "dropout": dropout,
         "tied_embedding": tied_embedding,
     }
+
+    def new(w, f: Factors):
+        return LoRA(w, f.a, f.b, scale=f.scale, dropout=dropout, only=f.only)
+
+    return low_rank("lora", arguments, LoRA, new)
+
+
+class Factors(NamedTuple):
+    """The start of a low-rank product beside a weight.
+
+    Attributes:
+      a: (inputs, r).
+      b: (r, outputs).
+      scale: alpha / r, or alpha / sqrt(r).
+      only: 'take' where only the look-up of a tied embedding is adapted.
+    """
+
+    a: jax.Array
+    b: jax.Array
+    scale: float
+    only: str | None
+
+
+def low_rank(name: str, arguments: dict, cls: type, new: Callable[[Any, Factors], Any]) -> Method:
+    """The method that puts `new(weight, factors)`, a node of class `cls`, at each target; arguments as `lora`'s.
+
+    Raises:
+      ValueError: as `lora` does.
+    """
+    rank, alpha, dropout = arguments["rank"], arguments["alpha"], arguments["dropout"]
     for r in (rank, *arguments["rank_pattern"].values()):
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
-            raise ValueError(f"lora: the rank must be a whole number of at least 1; got {r!r}")
+            raise ValueError(f"{name}: the rank must be a whole number of at least 1; got {r!r}")
     for value in (1 if alpha is None else alpha, *arguments["alpha_pattern"].values()):
         if isinstance(value, str | bool) or not value > 0:
-            raise ValueError(f"lora: alpha must be a number above 0; got {value!r}")
+            raise ValueError(f"{name}: alpha must be a number above 0; got {value!r}")
     if not 0 <= dropout < 1:
-        raise ValueError(f"lora: dropout must be in [0, 1); got {dropout}")
-    if tied_embedding not in ("both", "take"):
-        raise ValueError(f"lora: tied_embedding must be 'both' or 'take'; got {tied_embedding!r}")
+        raise ValueError(f"{name}: dropout must be in [0, 1); got {dropout}")
+    if arguments["tied_embedding"] not in ("both", "take"):
+        raise ValueError(f"{name}: tied_embedding must be 'both' or 'take'; got {arguments['tied_embedding']!r}")
 
-    def new(key, w, site):
+    def factors(key, w, site) -> Factors:
         if len(w.shape) != 2 or site.axes is not None:
-            raise ValueError(f"lora: {site.path} has shape {w.shape}; expected a matrix (inputs, outputs)")
+            raise ValueError(f"{name}: {site.path} has shape {w.shape}; expected a matrix (inputs, outputs)")
         r = _override(arguments["rank_pattern"], site, rank)
         if r > min(w.shape):
             raise ValueError(
-                f"lora: rank {r} is larger than the matrix {site.path} of shape {w.shape}; "
+                f"{name}: rank {r} is larger than the matrix {site.path} of shape {w.shape}; "
                 f"write a rank of at most {min(w.shape)}, or a rank_pattern for this path"
             )
         scale = _override(arguments["alpha_pattern"], site, r if alpha is None else alpha)
-        scale = float(scale) / (math.sqrt(r) if rslora else r)  # a numpy scalar would promote bfloat16
+        scale = float(scale) / (math.sqrt(r) if arguments["rslora"] else r)  # a numpy scalar would promote bfloat16
         rows, columns = w.shape
         if site.kind.startswith("embedding"):
             a, b = jnp.zeros((rows, r)), jax.random.normal(key, (r, columns))
         else:
             bound = 1 / math.sqrt(rows)
             a, b = jax.random.uniform(key, (rows, r), minval=-bound, maxval=bound), jnp.zeros((r, columns))
-        only = "take" if site.tied and tied_embedding == "take" else None
-        return LoRA(w, a, b, scale=scale, dropout=dropout, only=only)
+        only = "take" if site.tied and arguments["tied_embedding"] == "take" else None
+        return Factors(a, b, scale, only)
 
     def init(key, params, sites):
-        chosen = select(params, sites, targets)
+        chosen = select(params, sites, arguments["targets"])
         for pattern in (*arguments["rank_pattern"], *arguments["alpha_pattern"]):
             if not any(_fits(pattern, s) for s in chosen):
                 raise ValueError(
-                    f"lora: the pattern {pattern!r} fits none of the targets; they are of kinds "
+                    f"{name}: the pattern {pattern!r} fits none of the targets; they are of kinds "
                     f"{sorted({s.kind for s in chosen})}, such as {chosen[0].path!r}"
                 )
-        return wrap(key, params, chosen, new)
+        return wrap(key, params, chosen, lambda key, w, site: new(w, factors(key, w, site)))
 
-    return method("lora", arguments, init, masks.by_node(LoRA), resolve=write_dropout_keys)
+    def resolve(params, key):
+        return write_dropout_keys(params, key, cls)
+
+    return method(name, arguments, init, masks.by_node(cls), resolve=resolve)
 
 
 def _fits(pattern: str, site: Site) -> bool:
@@ -163,14 +207,14 @@ def _override(patterns: Mapping, site: Site, default):
     return next((value for pattern, value in patterns.items() if _fits(pattern, site)), default)
 
 
-def write_dropout_keys(params: Tree, key: jax.Array | None) -> Tree:
-    """Writes this step's dropout key into every LoRA that drops; a key of None turns dropout off."""
+def write_dropout_keys(params: Tree, key: jax.Array | None, cls: type = LoRA) -> Tree:
+    """Writes this step's dropout key into every node of the class that drops; a key of None turns dropout off."""
 
     def visit(path, w):
-        if not isinstance(w, LoRA):
+        if not isinstance(w, cls):
             return w
         stacked = w.a.shape[0] if w.a.ndim == 3 else None
-        drop = None if key is None or not w.dropout else leaf_key(key, path, stacked)
-        return dataclasses.replace(w, key=drop)
+        new = None if key is None or not w.dropout else leaf_key(key, path, stacked)
+        return dataclasses.replace(w, key=new)
 
     return map_nodes(visit, params)
