@@ -189,8 +189,9 @@ class Blocks(Weight):
         return self.join({name: take(w, ids) for name, w in self.blocks.items()})
 
     def join(self, arrays: Mapping[str, jax.Array]) -> jax.Array:
-        """Puts one array a block side by side again."""
-        return jnp.concatenate([arrays[name] for name, _, _ in self.columns], axis=-1)
+        """Puts one array a block side by side again, in the widest of their dtypes."""
+        wide = max((x.dtype for x in arrays.values()), key=lambda dtype: dtype.itemsize)
+        return jnp.concatenate([arrays[name].astype(wide) for name, _, _ in self.columns], axis=-1)
 
     def piece(self, whole: jax.Array, name: str) -> jax.Array:
         """The columns of `whole` that a block stands for."""

@@ -15,6 +15,7 @@ import pytest
 
 SHARED = Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "models/stories260K"
+CAPP = SHARED / "models/capp-gpt2-tiny"
 MINILM = SHARED / "models/all-MiniLM-L6-v2"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data and weights are not here")
 

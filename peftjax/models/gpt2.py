@@ -62,7 +62,7 @@ class Attention(nn.Module):
             k, v = cache = write_cache(cache, k, v, context.index)
         k, v = hook(self, "prefix", (k, v), x=x, context=context)
         y = attention(self, q, k, v, context.mask, dropout=c.attn_pdrop, deterministic=context.deterministic)
-        y = Linear(c.n_embd, std=c.initializer_range, name="c_proj")(y, context)
+        y = Linear(c.n_embd, std=c.initializer_range / (2 * c.n_layer) ** 0.5, name="c_proj")(y, context)
         return nn.Dropout(c.resid_pdrop)(y, deterministic=context.deterministic), cache
 
 
@@ -74,7 +74,7 @@ class MLP(nn.Module):
         c = self.config
         y = Linear(c.n_inner or 4 * c.n_embd, std=c.initializer_range, name="c_fc")(x, context)
         y = activation(c.activation_function)(y)
-        y = Linear(c.n_embd, std=c.initializer_range, name="c_proj")(y, context)
+        y = Linear(c.n_embd, std=c.initializer_range / (2 * c.n_layer) ** 0.5, name="c_proj")(y, context)
         return nn.Dropout(c.resid_pdrop)(y, deterministic=context.deterministic)
 
 
@@ -111,9 +111,8 @@ class Base(nn.Module):
         shift = hook(self, "shift", 0, x=input_ids, context=None)
         length = input_ids.shape[1] if cache is None else cache.valid.shape[1]
         if length + shift > c.n_positions:
-            raise ValueError(
-                f"{length} tokens after {shift} virtual ones are more than the {c.n_positions} positions of this model"
-            )
+            after = f" after {shift} virtual ones" if shift else ""
+            raise ValueError(f"{length} tokens{after} are more than the {c.n_positions} positions of this model")
         positions = positions + shift
         if cache is None:
             context = Context(causal_mask(attention_mask), positions, None, deterministic)
