@@ -377,7 +377,7 @@ BAD = {
     "fishmask unobserved": (lambda: fishmask(0.1)._replace(observe=None), r"method.observed\(objective, params"),
     "fishmask after lora": (
         lambda: chain(lora(rank=2), fishmask(0.1)),
-        "query/kernel is already a LoRA; put fishmask first",
+        "query/kernel is already a LoRA; give fishmask targets without it",
     ),
     "bitfit after fishmask": (lambda: chain(fishmask(0.5), bitfit()), "is already a Sparse; apply bitfit first"),
     "head twice": (lambda: chain(head(), head()), "already"),

@@ -12,6 +12,7 @@ from .base import method as method
 from .base import select as select
 from .base import weight_method as weight_method
 from .bitfit import bitfit as bitfit
+from .fishmask import fisher as fisher
 from .fishmask import fishmask as fishmask
 from .full import full as full
 from .head import head as head

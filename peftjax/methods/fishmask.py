@@ -94,7 +94,7 @@ def fisher(
 
     Args:
       objective: (params, batch, None) -> (sum of losses, sum of weights); of one row, the first is
-        -log p(y|x), up to a constant.
+        -log p(y|x), up to constants (so a squared error will do).
       batches: dicts of arrays with the examples along the first axis. A row whose weight is 0 is no example.
       samples: N; if the batches hold fewer examples, all of them.
       mask: which leaves are scored.
@@ -161,7 +161,8 @@ def fishmask(
 
     The choice needs data before `init`: `method.observed(objective, params, sites, batches)`, which
     `peftjax.run` calls with the training set. Of abstract parameters (`jax.eval_shape`) there is nothing to
-    choose by: k is spread over the leaves in proportion to their sizes, which gives the right totals.
+    choose by: k is spread over the leaves in proportion to their sizes, which gives the right totals. The choice
+    costs N gradients of one example, and the memory of two float32 copies of the candidates.
 
     Args:
       fraction: share of all parameters of the model, whatever the targets.
@@ -260,7 +261,8 @@ def _candidates(params: Tree, sites: Iterable[Site], targets: Sequence[str] | No
     for path, x in found.items():
         if isinstance(x, Weight):
             raise ValueError(
-                f"fishmask: {path} is already a {type(x).__name__}; put fishmask first in the chain, or give it targets"
+                f"fishmask: {path} is already a {type(x).__name__}; give fishmask targets without it, or put fishmask "
+                "first in the chain, so that the other method wraps what it leaves"
             )
         if x is None or is_node(x) or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"fishmask: {path} is no floating array; target weights, such as 'query' or '.*/bias'")
