@@ -204,10 +204,20 @@ def set_up(
         heads = {s.module for s in model.sites if s.kind == "head"}
         biases = [p for p in flatten(model.params) if p.endswith("/bias") and p.rpartition("/")[0] not in heads]
         text = methods or every_method(is_classifier=bool(heads))
-        chosen.extend(entries(text, is_classifier=bool(heads), has_biases=bool(biases)))
+        found = entries(text, is_classifier=bool(heads), has_biases=bool(biases))
+        chosen.extend(found if methods else [e for e in found if _fits(e, model, layout)])
         return max(virtual_tokens(_try(e, model, layout)) for e in chosen)
 
     return prepare(model_name, task, source, reserve=reserve, **options), chosen
+
+
+def _fits(entry: Entry, model: Model, layout: str) -> bool:
+    """Of methods that nobody asked for by name, those that the model cannot have are left out."""
+    try:
+        _try(entry, model, layout)
+    except ValueError:
+        return False
+    return True
 
 
 def _try(entry: Entry, model: Model, layout: str) -> Any:

@@ -5,6 +5,7 @@ stacks the layers' leaves along a new first axis under one key, `layers_*`, and 
 `lax.scan` over it: one block is compiled instead of many.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .tree import Tree, flatten
-from .weights import is_node
+from .weights import data_fields, is_node
 
 _LAYER = re.compile(r"(.+_)(0|[1-9]\d*)")
 STACKED = "*"
@@ -23,6 +24,10 @@ def stack_layers(params: Tree) -> Tree:
     """Stacks every complete run of siblings `<name>_0 ... <name>_{n-1}` into `<name>_*`.
 
     Array leaves gain a first axis of n; masks (Python booleans) must agree in all layers and stay booleans.
+    A class of nodes whose arrays vary in length between layers defines `align(nodes) -> nodes`, a function of what
+    the layers hold at one place (its nodes, plain leaves, holes), which makes them alike; and `trim(self, like)`,
+    which undoes it in `unstack_layers`, where `like` is the layer's whole node. They must do for halves of a
+    partition and for masks too.
 
     Raises:
       ValueError: the layers differ in structure or shape (LoRA in some layers only, ranks that differ);
@@ -44,7 +49,34 @@ def stack_layers(params: Tree) -> Tree:
     return out
 
 
+def _align(layers):
+    if all(isinstance(x, Mapping) and x.keys() == layers[0].keys() for x in layers):
+        columns = {k: _align([x[k] for x in layers]) for k in layers[0]}
+        return [{k: column[i] for k, column in columns.items()} for i in range(len(layers))]
+    cls = next((type(x) for x in layers if is_node(x)), None)
+    if cls is None or any(type(x) is not cls and (is_node(x) or isinstance(x, Mapping)) for x in layers):
+        return layers
+    align = getattr(cls, "align", None)
+    layers = layers if align is None else align(layers)
+    if any(type(x) is not cls for x in layers):
+        return layers
+    columns = {f: _align([getattr(x, f) for x in layers]) for f in data_fields(cls)}
+    return [dataclasses.replace(x, **{f: c[i] for f, c in columns.items()}) for i, x in enumerate(layers)]
+
+
+def _trim(tree, like):
+    if isinstance(tree, Mapping):
+        return {k: _trim(x, like[k]) for k, x in tree.items()}
+    if not is_node(tree) or type(tree) is not type(like):
+        return tree
+    inner = {f: _trim(getattr(tree, f), getattr(like, f)) for f in data_fields(tree)}
+    trim = getattr(type(tree), "trim", None)
+    tree = dataclasses.replace(tree, **inner)
+    return tree if trim is None else trim(tree, like)
+
+
 def _stack(name, layers):
+    layers = _align(layers)
     first, structure = flatten(layers[0]), jax.tree.structure(layers[0])
     for i, layer in enumerate(layers):
         here = flatten(layer)
@@ -95,7 +127,8 @@ def _unstack(params, like):
     for key, value in params.items():
         if key.endswith("_" + STACKED):
             for i in range(layer_count(like[key])):
-                out[f"{key[:-1]}{i}"] = _unstack(_slice(value, i), _slice(like[key], i))
+                one = _slice(like[key], i)
+                out[f"{key[:-1]}{i}"] = _unstack(_trim(_slice(value, i), one), one)
         else:
             out[key] = _unstack(value, like[key])
     return out

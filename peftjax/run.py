@@ -22,6 +22,7 @@ from .methods import METHODS, Method, build, chain, default_rate, head, parse
 from .problem import Evaluator, Problem, objective
 from .train import Settings, fit
 from .tree import count, nbytes
+from .weights import map_nodes
 
 SAMPLES = 5
 ZERO_SHOT = "zero-shot"  # the row of the base as it is
@@ -134,7 +135,9 @@ def run(
     done = _claim(folder, config)
     if done is not None:
         return done
-    model, method = problem.model, entry.method
+    model = problem.model
+    batches = problem.epoch(0, settings.batch_size, settings.seed)  # lazy, and the same when a run is resumed
+    method = entry.method.observed(objective(problem), model.params, model.sites, batches)
     params = method.init(jax.random.key(settings.seed), model.params, model.sites)
     evaluator = evaluator or Evaluator(problem)
     generation = problem.task.kind == "generation"
@@ -174,7 +177,7 @@ def run(
         "task": problem.task.name,
         "scores": scores,
         "trainable": fitted.trainable,
-        "share": fitted.trainable / count(params),
+        "share": fitted.trainable / count(map_nodes(_once, params)),
         "base_bytes": nbytes(model.params),
         "peak_bytes": fitted.peak_bytes,
         "step_seconds": fitted.step_seconds,
@@ -225,6 +228,11 @@ def zero_shot(problem: Problem, folder: str | Path, *, evaluator: Evaluator | No
     }
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
     return result
+
+
+def _once(path: str, n: Any) -> Any:
+    """A node without what is counted with its base."""
+    return dataclasses.replace(n, **dict.fromkeys(getattr(type(n), "repeats", ())))
 
 
 def _claim(folder: Path, config: dict) -> dict | None:

@@ -229,6 +229,7 @@ def fit(
     total = settings.steps or settings.epochs * steps_per_epoch
     tx = make_optimizer(settings, total, method)
     state, frozen = start(method, params, tx, settings.layout)
+    trained = count(partition(params, method.trainable(params))[0])  # before stacking, which may pad
     best_trainable, best = jax.tree.map(jnp.copy, state.trainable), None
     log = _Log(folder)
     compiled = _Compiled(make_step(objective, method, tx, settings.accumulate))
@@ -300,7 +301,7 @@ def fit(
         params=combine(best_trainable, frozen),
         history=log.records,
         best=best,
-        trainable=count(state.trainable),
+        trainable=trained,
         peak_bytes=max(compiled.peaks.values(), default=0),
         step_seconds=float(np.median(times)) if times else float("nan"),
         compilations=len(compiled.peaks),

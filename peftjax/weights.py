@@ -95,6 +95,7 @@ class Weight:
 
     base: Any
     trains: tuple[str, ...] = ()  # names of the fields that train
+    repeats: tuple[str, ...] = ()  # names of the fields that stand for entries of the base and add none
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from peftjax import METHODS, chain, checkpoint, hub, method, stack_layers
 from peftjax.checkpoint import StateFolder, load_adapter, read_header, save_adapter, write_atomically
-from peftjax.methods import bitfit, full, head, lora, prefix
+from peftjax.methods import bitfit, fishmask, full, head, lora, prefix
 from peftjax.tree import flatten, update
 from peftjax.weights import NODES
 
@@ -22,6 +22,8 @@ ADAPTERS = {
     "full": full(),
     "head": head(),
     "bitfit": bitfit(create=True),
+    "fishmask": fishmask(0.2, score="random"),
+    "lora+fishmask": chain(fishmask(count=99, targets=["query"], score="random"), lora(rank=2, targets=["query"])),
     "lora": lora(rank=2, targets=["linear"], rank_pattern={"query": 3}, dropout=0.1, rslora=True),
     "lora-tied": lora(rank=2, targets=["embedding", "query"], tied_embedding="take"),
     "prefix": prefix(length=3),

@@ -12,7 +12,7 @@ import transformers
 
 from peftjax import METHODS, Method, chain, combine, count, hub, merge, partition, stack_layers
 from peftjax.checkpoint import load_adapter, save_adapter
-from peftjax.methods import bitfit, default_rate, dora, from_spec, full, head, lora, prefix
+from peftjax.methods import bitfit, default_rate, dora, fishmask, from_spec, full, head, lora, prefix
 from peftjax.train import Settings, fit
 from peftjax.tree import cast, flatten, map_with_path
 
@@ -74,6 +74,8 @@ def _noisy(model: hub.Model) -> hub.Model:
 
 def _noise(params, size):
     def add(path, x):
+        if not jnp.issubdtype(x.dtype, jnp.floating):  # indices
+            return x
         key = jax.random.key(sum(map(ord, path)))
         return x + size * jax.random.normal(key, x.shape, x.dtype)
 
@@ -124,6 +126,19 @@ CASES = {
         bitfit(["query", "mlp_in"]),
         r".*/(query|q_proj|gate_proj|up_proj|intermediate/dense|c_fc|blocks/query)(/bias)?/value",
         lambda s, n: LAYERS * (D + s.mlp_in * FF),
+    ),
+    "fishmask+head": Case(
+        chain(fishmask(0.1, samples=5), head()),
+        r".*/values|(classifier|score)/.*",
+        lambda s, n: int(0.1 * n),  # the head's within
+    ),
+    "fishmask-random": Case(
+        fishmask(0.3, score="random"), r"(?!classifier|score).*/values", lambda s, n: int(0.3 * n) - s.head
+    ),
+    "lora over fishmask": Case(
+        chain(fishmask(count=300, targets=["query", "mlp_in"], score="random"), lora(rank=2, targets=["query"])),
+        r".*/kernel/values|.*/(query|q_proj)(/kernel)?/(base/values|[ab])",
+        lambda s, n: 300 + _lora_count(2, (D, D)),
     ),
     "lora": Case(
         lora(rank=3, alpha=5),
@@ -213,6 +228,7 @@ def _batch():
 
 
 def _adapt(model, method):
+    method = method.observed(_objective(model), model.params, model.sites, [_batch()])
     return method.init(jax.random.key(1), model.params, model.sites)
 
 
@@ -303,7 +319,7 @@ def test_law_6_files(models, family, name, tmp_path):
     trainable, _ = partition(params, case.method.trainable(params))
     base = jax.tree.map(lambda x: x, model.params)
     if case.base_frozen:  # put the untouched base back under the noisy trainables
-        clean, _ = partition(_adapt(model, case.method), jax.tree.map(lambda m: not m, case.method.trainable(params)))
+        _, clean = partition(_adapt(model, case.method), case.method.trainable(params))
         params = jax.tree.map(lambda t, f: f if t is None else t, trainable, clean, is_leaf=lambda x: x is None)
     size = save_adapter(tmp_path / "a.safetensors", model, case.method, params)
     assert size == (tmp_path / "a.safetensors").stat().st_size
@@ -382,6 +398,23 @@ BAD = {
     "prefix std": (lambda: prefix(2, std=-1.0), "std must be above 0"),
     "prefix length": (lambda: prefix(0), "at least 1"),
     "prefix hidden": (lambda: prefix(2, hidden=0), "at least 1"),
+    "fishmask of nothing": (lambda: fishmask(0.0), "fraction must be a number above 0 and at most 1; got 0.0"),
+    "fishmask in percent": (lambda: fishmask(5), "at most 1; got 5"),
+    "fishmask without samples": (lambda: fishmask(samples=0), "samples must be a whole number of at least 1; got 0"),
+    "fishmask count 0": (lambda: fishmask(count=0), "count must be a whole number of at least 1; got 0"),
+    "fishmask score": (lambda: fishmask(score="magnitude"), "'fisher' or 'random'; got 'magnitude'"),
+    "fishmask, less than the head": (
+        lambda: fishmask(0.005, score="random"),
+        r"0.005 of 5,923 parameters is 29, which leaves nothing beside the task head's 51; write a larger",
+    ),
+    "fishmask, more than there is": (lambda: fishmask(count=513, targets=["query"]), "513 entries .* have 512"),
+    "fishmask of a module": (lambda: fishmask(targets=["attention"]), "attention/self is no floating array"),
+    "fishmask unobserved": (lambda: fishmask(0.1)._replace(observe=None), r"method.observed\(objective, params"),
+    "fishmask after lora": (
+        lambda: chain(lora(rank=2), fishmask(0.1)),
+        "query/kernel is already a LoRA; give fishmask targets without it",
+    ),
+    "bitfit after fishmask": (lambda: chain(fishmask(0.5), bitfit()), "is already a Sparse; apply bitfit first"),
     "head twice": (lambda: chain(head(), head()), "already"),
     "prefix twice": (lambda: chain(prefix(2), prefix(3)), "prefix overwrites .* prefix already rewrote"),
     "empty chain": (lambda: chain(), "at least one"),
@@ -406,6 +439,9 @@ PAIRS = [
     (lora(rank=2), bitfit()),
     (bitfit(), head()),
     (prefix(3), lora(rank=2, targets=["linear"])),
+    (fishmask(0.2, score="random"), head()),
+    (fishmask(0.1, score="random", targets=["mlp_in"]), lora(rank=2, targets=["query"])),
+    (prefix(2), fishmask(0.2, score="random")),
     (lora(rank=2, targets=["query"]), lora(rank=3, targets=["key"])),
     (prefix(3, mlp=True, hidden=5), head()),
 ]

@@ -13,14 +13,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from peftjax import Site, chain, hub, masks, merge, partition, stack_layers
-from peftjax.methods import METHODS, bitfit, dora, full, head, lora, prefix
+from peftjax import Site, chain, hub, masks, merge, partition, stack_layers, unstack_layers
+from peftjax.methods import METHODS, bitfit, dora, fishmask, full, head, lora, prefix
 from peftjax.methods.dora import DoRA
+from peftjax.methods.fishmask import Sparse, fisher
 from peftjax.methods.lora import LoRA
 from peftjax.methods.prefix import PrefixMLP
 from peftjax.models.base import hf_name
+from peftjax.train import Settings, fit
 from peftjax.tree import combine, count, flatten, map_with_path
 from peftjax.weights import Trained, attend, dot, is_node, take
 
@@ -816,6 +819,175 @@ def test_bitfit_creates_zero_biases_that_train(pair):
     check(base, theirs, method, fill(params, links), links)
 
 
+# FISH Mask
+
+
+def negative_log_likelihood(forward):
+    def loss(params, batch, key):
+        log_p = jax.nn.log_softmax(forward(params, batch))
+        each = -jnp.take_along_axis(log_p, batch["labels"][:, None], 1)[:, 0]
+        return (each * batch["weight"]).sum(), batch["weight"].sum()
+
+    return loss
+
+
+def clear_cut(scores: dict, near: float) -> int:
+    """A k near a share of all, at which the next score is so much smaller that no rounding changes the choice."""
+    ordered = np.sort(np.concatenate([s.ravel() for s in scores.values()]))[::-1]
+    middle = int(near * len(ordered))
+    some = np.arange(middle // 2, 2 * middle)
+    k = int(some[np.argmax(ordered[some - 1] / ordered[some])])
+    assert ordered[k - 1] > 1.001 * ordered[k] > 0
+    return k
+
+
+def top(scores: dict, k: int) -> dict[str, list[int]]:
+    """The paper's mask: the flat indices of the k largest scores of all leaves together."""
+    every = sorted(((s, p, i) for p, x in scores.items() for i, s in enumerate(x.ravel())), reverse=True)
+    return {p: sorted(i for _, q, i in every[:k] if q == p) for p in {p for _, p, _ in every[:k]}}
+
+
+def chosen(params) -> dict[str, list[int]]:
+    return {p: n.indices.tolist() for p, n in flatten(params, is_leaf=is_node).items() if isinstance(n, Sparse)}
+
+
+def test_fishmask_is_the_equation_in_float64():
+    """tanh layer and softmax by hand; two batches, filler rows, and fewer samples asked for than there are."""
+    rng = np.random.default_rng(0)
+    shapes = {"h/kernel": (5, 7), "h/bias": (7,), "scale": (7,), "out/kernel": (7, 4), "out/bias": (4,)}
+    p = {path: rng.normal(size=s) for path, s in shapes.items()}
+    x, labels = rng.normal(size=(10, 5)), rng.integers(0, 4, 10)
+    scores = {path: np.zeros(s) for path, s in shapes.items()}
+    real = [0, 1, 2, 3, 5, 6, 7]  # row 4 is a filler; after seven examples the rest is not looked at
+    for n in real:
+        h = np.tanh(x[n] @ p["h/kernel"] + p["h/bias"])
+        z = (h * p["scale"]) @ p["out/kernel"] + p["out/bias"]
+        d = np.exp(z) / np.exp(z).sum() - np.eye(4)[labels[n]]
+        back = p["out/kernel"] @ d
+        inner = back * p["scale"] * (1 - h * h)
+        grads = (np.outer(x[n], inner), inner, back * h, np.outer(h * p["scale"], d), d)
+        for path, g in zip(shapes, grads, strict=True):
+            scores[path] += g * g / len(real)
+
+    def forward(q, batch):
+        h = jnp.tanh(batch["x"] @ q["h"]["kernel"] + q["h"]["bias"])
+        return (h * q["scale"]) @ q["out"]["kernel"] + q["out"]["bias"]
+
+    params = {
+        "h": {"kernel": p["h/kernel"], "bias": p["h/bias"]},
+        "scale": p["scale"],
+        "out": {"kernel": p["out/kernel"], "bias": p["out/bias"]},
+    }
+    params = jax.tree.map(lambda v: jnp.asarray(v, jnp.float32), params)
+    batch = {"x": x.astype(np.float32), "labels": labels, "weight": np.ones(10, np.float32)}
+    batch["weight"][4] = 0
+    batches = [jax.tree.map(lambda v: v[:6], batch), jax.tree.map(lambda v: v[6:], batch)]
+    objective = negative_log_likelihood(forward)
+    got = flatten(fisher(objective, params, batches, samples=7))
+    for path, s in scores.items():
+        np.testing.assert_allclose(got[path], s, rtol=1e-4, atol=1e-7, err_msg=path)
+    k = clear_cut(scores, 0.3)
+    method = fishmask(samples=7, count=k).observed(objective, params, (), iter(batches))
+    new = method.init(jax.random.key(0), params, ())
+    assert chosen(new) == top(scores, k)
+    assert len(chosen(new)) > 2
+    for node in flatten(new, is_leaf=is_node).values():
+        if isinstance(node, Sparse):
+            assert np.array_equal(node.values, np.asarray(node.base).ravel()[node.indices])
+
+
+@functools.cache
+def _fish(folder):
+    """The tiny BERT, labels, the Fisher information by torch autograd in float64, and a clear k."""
+    base = _pair("bert", folder)
+    theirs = copy.deepcopy(base.theirs).double()
+    rng = np.random.default_rng(3)
+    batch = {k: np.concatenate([v, v[:, ::-1]]) for k, v in base.batch.items()}
+    batch["attention_mask"][3:] = 1
+    batch |= {"labels": rng.integers(0, 3, 6), "weight": np.ones(6, np.float32)}
+    names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "type_ids": "token_type_ids"}
+    inputs = {theirs_: torch.tensor(np.ascontiguousarray(batch[ours])) for ours, theirs_ in names.items()}
+    links = plain_links(theirs, base.ours.params)
+    scores = {path: np.zeros(x.shape) for path, x in flatten(base.ours.params).items()}
+    for n in range(6):
+        theirs.zero_grad()
+        logits = theirs(**{k: v[n : n + 1] for k, v in inputs.items()}).logits
+        torch.nn.functional.cross_entropy(logits, torch.tensor(batch["labels"][n : n + 1])).backward()
+        for path, link in links.items():
+            scores[path] += np.square(link.grad()) / 6
+    scores = {p: s for p, s in scores.items() if not p.startswith("classifier")}
+    objective = negative_log_likelihood(lambda params, b: base.ours.forward(params, b).logits)
+    return base, theirs, links, inputs, batch, objective, scores, clear_cut(scores, 0.1)
+
+
+@pytest.fixture
+def fish(tmp_path_factory):
+    return _fish(tmp_path_factory.getbasetemp())
+
+
+def test_fishmask_chooses_what_torch_autograd_says(fish):
+    base, _, _, _, batch, objective, scores, k = fish
+    got = flatten(fisher(objective, base.ours.params, [batch]))
+    for path, s in scores.items():
+        np.testing.assert_allclose(got[path], s, rtol=1e-3, atol=1e-6 * s.max() + 1e-9, err_msg=path)
+    method = fishmask(count=k).observed(objective, base.ours.params, base.ours.sites, [batch])
+    assert chosen(start(base, method)) == top(scores, k)
+
+
+def test_the_gradient_of_fishmask_is_the_dense_ones_entries(fish):
+    base, _, _, _, batch, objective, _, k = fish
+    method = fishmask(count=4 * k).observed(objective, base.ours.params, base.ours.sites, [batch])
+    params = start(base, method)
+    trainable, frozen = partition(params, method.trainable(params))
+    grads = flatten(jax.grad(lambda t: objective(combine(t, frozen), batch, None)[0])(trainable))
+    dense = flatten(jax.grad(lambda p: objective(p, batch, None)[0])(base.ours.params))
+    kinds = {p.rpartition("/")[2] for p in chosen(params)}
+    assert kinds == {"kernel", "bias", "scale", "embedding"}
+    for path, indices in chosen(params).items():
+        want = np.asarray(dense[path]).ravel()[indices]
+        np.testing.assert_allclose(grads[f"{path}/values"], want, rtol=1e-4, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("layout", ["loop", "scan"])
+def test_fishmask_trains_as_adam_on_masked_gradients(fish, layout):
+    """The authors' way: dense weights, every gradient times the mask, Adam without weight decay; in float64."""
+    base, theirs, links, inputs, batch, objective, scores, k = fish
+    method = chain(fishmask(count=k), head()).observed(objective, base.ours.params, base.ours.sites, [batch])
+    theirs = copy.deepcopy(theirs)
+    links = plain_links(theirs, base.ours.params)
+    masks_ = {p: np.zeros(x.shape).ravel() for p, x in scores.items()}
+    for path, indices in top(scores, k).items():
+        masks_[path][indices] = 1
+    masks_ = {
+        p: torch.tensor(links[p].view(torch.tensor(m.reshape(scores[p].shape))).numpy()) for p, m in masks_.items()
+    }
+    tx = torch.optim.Adam(theirs.parameters(), lr=1e-2)
+    for _ in range(5):
+        tx.zero_grad()
+        torch.nn.functional.cross_entropy(theirs(**inputs).logits, torch.tensor(batch["labels"])).backward()
+        for path, m in masks_.items():
+            links[path].tensor.grad *= m
+        tx.step()
+    settings = Settings(
+        steps=5,
+        learning_rate=1e-2,
+        warmup=0.0,
+        schedule="constant",
+        weight_decay=0.0,
+        clip=None,
+        batch_size=6,
+        layout=layout,
+    )
+    fitted = fit(start(base, method), method, objective, lambda i: iter([batch]), 1, settings)
+    assert fitted.trainable == k + 3 * WIDTH + 3
+    before, after = flatten(base.ours.params), flatten(merge(unstack_layers(fitted.params)))
+    for path, w in after.items():
+        np.testing.assert_allclose(w, links[path].value(), atol=1e-4, err_msg=path)
+        if path in scores:
+            moved = np.flatnonzero(np.asarray(w) != np.asarray(before[path])).tolist()
+            assert moved == top(scores, k).get(path, []), path
+
+
 # Counts, from abstract shapes
 
 
@@ -867,6 +1039,8 @@ COUNTS = {  # as published, and as counted independently in the survey's tables
     "prefix": (llama_of(24, 1024, 16), prefix(5), "causal-lm", 245_760),
     "prefix, bert": (bert_cased(24, 1024, 16), prefix(5), "encoder", 245_760),
     "prefix, mlp": (llama_of(24, 1024, 16), prefix(5, mlp=True, hidden=512), "causal-lm", 25_744_896),
+    # Sung et al. 2021: 0.5% of BERT-large, int(0.005 · 333,581,314), the classifier's 2,050 within
+    "fishmask": (bert_cased(24, 1024, 16), chain(fishmask(), head()), "classification", 1_667_906),
     "head": (bert_cased(), head(), "classification", 768 * 2 + 2),
     "full": (bert_cased(), full(), "encoder", 108_310_272),
 }
@@ -878,6 +1052,15 @@ def test_counts(name):
     assert trained_count(config, method, task) == expected
 
 
+def test_the_optimizer_of_fishmask_holds_two_moments_of_what_is_chosen():
+    model = hub.from_config(bert_cased(24, 1024, 16), "classification", seed=None)
+    method = chain(fishmask(), head())
+    params = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, model.sites), model.params)
+    trainable, _ = partition(params, method.trainable(params))
+    state = jax.eval_shape(optax.adamw(1e-4).init, trainable)
+    assert count(state) == 2 * 1_667_906 + sum(x.shape == () for x in jax.tree.leaves(state))
+
+
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("base", ["bert", "llama"])
 def test_init_needs_no_values(name, base):
@@ -886,10 +1069,14 @@ def test_init_needs_no_values(name, base):
     if (name, base) == ("head", "llama"):
         task = "classification"
     model = hub.from_config(CONFIGS[base](), task, seed=None)
-    method = METHODS[name]()
+    method = METHODS[name](**{"fishmask": {"count": 99, "score": "random"}}.get(name, {}))
     abstract = jax.eval_shape(lambda k, p: method.init(k, p, model.sites), jax.random.key(0), model.params)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.params)
     real = method.init(jax.random.key(0), zeros, model.sites)
+    if name == "fishmask":  # which entries depends on more than shapes, how many does not
+        assert count(partition(abstract, method.trainable(abstract))[0]) == 99
+        assert count(partition(real, method.trainable(real))[0]) == 99
+        return
     assert jax.tree.structure(abstract) == jax.tree.structure(real)
     assert shapes(abstract) == shapes(real)
     assert jax.tree.leaves(method.trainable(abstract)) == jax.tree.leaves(method.trainable(real))

@@ -15,6 +15,7 @@ The laws that every method obeys (tests/test_methods.py checks them over the tab
 """
 
 import dataclasses
+import itertools
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -66,6 +67,10 @@ class Site(NamedTuple):
         columns = self.parts[part]
         return self._replace(kind=part, part=part, width=columns.stop - columns.start)
 
+    def columns(self, w: Any) -> Any:
+        """Those of an array of the whole weight's shape that this site means."""
+        return w if self.part is None else w[..., self.parts[self.part]]
+
 
 def _nothing(params: Tree, key: jax.Array | None) -> Tree:
     return params
@@ -83,6 +88,8 @@ class Method(NamedTuple):
         a prefix from its MLP). None when evaluating or exporting.
       optimizer: optax transformation -> optax transformation that wraps it.
       penalty: params' -> scalar added to the loss.
+      observe: (objective, params, sites, batches) -> init, on the base's parameters: what needs data before `init`;
+        None where nothing does. Call it through `observed`.
     """
 
     spec: tuple[tuple[str, dict], ...]
@@ -92,20 +99,48 @@ class Method(NamedTuple):
     resolve: Callable[[Tree, jax.Array | None], Tree] = _nothing
     optimizer: Callable = lambda tx: tx
     penalty: Callable[[Tree], Any] = lambda params: 0.0
+    observe: Callable[[Callable, Tree, Iterable[Site], Iterable[dict]], Callable] | None = None
+
+    def observed(self, objective: Callable, params: Tree, sites: Iterable[Site], batches: Iterable[dict]) -> "Method":
+        """The method with an `init` that knows what the data say; itself, and no batch read, if it needs none.
+
+        Args:
+          objective: (params, batch, key or None) -> (sum of losses, sum of weights).
+          params: of the base, per-layer, before any `init`.
+          batches: training batches; the same ones give the same method.
+        """
+        if self.observe is None:
+            return self
+        return self._replace(init=self.observe(objective, params, sites, batches), observe=None)
 
 
-def method(name: str, arguments: dict, init: Callable, trainable: masks.Mask, **rest) -> Method:
+def method(
+    name: str, arguments: dict, init: Callable, trainable: masks.Mask, observe: Callable | None = None, **rest
+) -> Method:
     """A `Method` of one spec entry whose saved leaves, unless given, are those that train.
 
     Its transform refuses stacked parameters: sites name layers one by one.
     """
 
-    def per_layer(key, params, sites):
-        if stacked := next((p for p in flatten(params, is_leaf=is_node) if is_stacked(p)), None):
-            raise ValueError(f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first")
-        return init(key, params, sites)
+    def checked(init):
+        def per_layer(key, params, sites):
+            _refuse_stacked(params)
+            return init(key, params, sites)
 
-    return Method(spec=((name, arguments),), init=per_layer, trainable=trainable, **{"saved": trainable, **rest})
+        return per_layer
+
+    def looked(objective, params, sites, batches):
+        assert observe is not None  # else it is not called
+        _refuse_stacked(params)
+        return checked(observe(objective, params, sites, batches))
+
+    rest = {"saved": trainable, "observe": None if observe is None else looked, **rest}
+    return Method(spec=((name, arguments),), init=checked(init), trainable=trainable, **rest)
+
+
+def _refuse_stacked(params: Tree) -> None:
+    if stacked := next((p for p in flatten(params, is_leaf=is_node) if is_stacked(p)), None):
+        raise ValueError(f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first")
 
 
 def chain(*methods: Method) -> Method:
@@ -134,6 +169,10 @@ def chain(*methods: Method) -> Method:
             params = new
         return params
 
+    def observe(objective, params, sites, batches):
+        sites, copies = tuple(sites), itertools.tee(batches, len(methods))  # each method reads them from the start
+        return chain(*(m.observed(objective, params, sites, b) for m, b in zip(methods, copies, strict=True))).init
+
     def resolve(params, key):
         for i, m in enumerate(methods):
             params = m.resolve(params, None if key is None else jax.random.fold_in(key, i))
@@ -152,6 +191,7 @@ def chain(*methods: Method) -> Method:
         resolve=resolve,
         optimizer=optimizer,
         penalty=lambda params: sum(m.penalty(params) for m in methods),
+        observe=observe if any(m.observe for m in methods) else None,
     )
 
 
@@ -201,8 +241,7 @@ def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: I
     if not targets:
         raise ValueError("targets is empty; write kinds or patterns, such as ['query', 'value']")
     paths = flatten(params, is_leaf=is_node)
-    if stacked := next((p for p in paths if is_stacked(p)), None):
-        raise ValueError(f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first")
+    _refuse_stacked(params)
     by_path = {s.path: s for s in sites if not kinds or s.kind in kinds or s.path in paths}
     there = sorted({s.kind for s in sites if not kinds or s.kind in kinds})
     parts = sorted({part for s in by_path.values() for part in s.parts} - set(there))
@@ -248,6 +287,13 @@ def wrap(key: jax.Array, params: Tree, sites: Iterable[Site], new: Callable) -> 
         block = new(path_key(key, f"{s.path}/{s.part}"), w.blocks[s.part], s)
         out[s.path] = dataclasses.replace(w, blocks={**w.blocks, s.part: block})
     return update(params, out)
+
+
+def replace(params: Tree, new: Iterable[tuple[Site, Any]]) -> Tree:
+    """Puts a node at each site, or at the part that it means."""
+    nodes = {(s.path, s.part): (s, n) for s, n in new}
+    sites = [s for s, _ in nodes.values()]
+    return wrap(jax.random.key(0), params, sites, lambda key, w, site: nodes[site.path, site.part][1])
 
 
 def mark(name: str, params: Tree, places: Iterable[str | Site]) -> Tree:
