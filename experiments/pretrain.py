@@ -162,9 +162,9 @@ def main(a: Args) -> None:
         attention_bias=True,  # so that BitFit finds the biases it is about
         mlp_bias=True,
         tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=SPECIAL.index("<pad>"),
+        bos_token_id=SPECIAL.index("<s>"),
+        eos_token_id=SPECIAL.index("</s>"),
     )
     model = hub.from_config(config, "causal-lm", seed=a.seed)
     print(f"{count(model.params):,} parameters; tokens: train {len(ids['train']):,}, valid {len(ids['valid']):,}")

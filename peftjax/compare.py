@@ -76,9 +76,8 @@ def compare(
         if name and not any(name in names_of(e) for e in chosen):
             raise ValueError(f"a learning rate is given for {name!r}; the methods are {[e.name for e in chosen]}")
     evaluator, results, left_out = Evaluator(problem), [], []
-    width = _width(problem.model)
     rated = [
-        dataclasses.replace(settings, learning_rate=rate_of(e, rates, width)) for e in chosen
+        dataclasses.replace(settings, learning_rate=rate_of(e, rates, problem.model, model_name)) for e in chosen
     ]  # all, before anything is trained
     _say_notes(problem, chosen, say)
     if not problem.model.fresh:
@@ -135,7 +134,7 @@ def train(
     problem = _with_head_of_seed(problem, settings.seed)
     _say_notes(problem, [entry], say)
     rates = {} if rate is None else {"": rate}
-    settings = dataclasses.replace(settings, learning_rate=rate_of(entry, rates, _width(problem.model)))
+    settings = dataclasses.replace(settings, learning_rate=rate_of(entry, rates, problem.model, model_name))
     hint = "run the same command again: " + shlex.join(["peftjax", *sys.argv[1:]])
     with watch(entry.name) as note:
         return run(problem, entry, settings, out, resume_hint=hint, report=note)
@@ -193,31 +192,32 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
 def set_up(
     model_name: str, task: str, source: str | None, methods: str | None, layout: str = "loop", **options: Any
 ) -> tuple[Problem, list[Entry]]:
-    """The problem, and the methods (None: all) fitted to its model; every method's transform is tried on abstract shapes.
+    """The problem, and the methods (None: all) fitted to its model; each transform is tried on abstract shapes.
 
     Raises:
       ValueError: a method does not fit the model (a target that matches nothing, a rank too large, ...).
     """
     chosen: list[Entry] = []
+    left_out: list[str] = []
 
     def reserve(model: Model) -> int:
         heads = {s.module for s in model.sites if s.kind == "head"}
         biases = [p for p in flatten(model.params) if p.endswith("/bias") and p.rpartition("/")[0] not in heads]
         text = methods or every_method(is_classifier=bool(heads))
         found = entries(text, is_classifier=bool(heads), has_biases=bool(biases))
-        chosen.extend(found if methods else [e for e in found if _fits(e, model, layout)])
+        for entry in found:
+            try:
+                _try(entry, model, layout)
+            except ValueError as e:
+                if methods:
+                    raise
+                left_out.append(f"{entry.name} is left out: {e}")  # nobody asked for it by name
+            else:
+                chosen.append(entry)
         return max(virtual_tokens(_try(e, model, layout)) for e in chosen)
 
-    return prepare(model_name, task, source, reserve=reserve, **options), chosen
-
-
-def _fits(entry: Entry, model: Model, layout: str) -> bool:
-    """Of methods that nobody asked for by name, those that the model cannot have are left out."""
-    try:
-        _try(entry, model, layout)
-    except ValueError:
-        return False
-    return True
+    problem = prepare(model_name, task, source, reserve=reserve, **options)
+    return problem._replace(notes=(*problem.notes, *left_out)), chosen
 
 
 def _try(entry: Entry, model: Model, layout: str) -> Any:
@@ -234,10 +234,6 @@ def _with_head_of_seed(problem: Problem, seed: int) -> Problem:
     return problem._replace(model=hub.redraw(problem.model, seed)) if problem.model.fresh else problem
 
 
-def _width(model: Model) -> int:
-    return next(s.width for s in model.sites if s.kind == "embedding")
-
-
 def _say_notes(problem: Problem, chosen: list[Entry], say: Callable) -> None:
     for note in (*problem.notes, *(f"{e.name}: {e.note}" for e in chosen if e.note)):
         say(f"note: {note}")
@@ -249,8 +245,9 @@ def _facts(problem: Problem, s: Settings, options: dict) -> list[str]:
     length = f"{s.steps} steps" if s.steps else f"{s.epochs} epochs"
     scored = len(problem.prompts) or len(problem.scored or problem.dev)
     clip = "no clipping" if s.clip is None else f"clipping at {s.clip}"
+    split = options.get("eval_split") or problem.task.reported
     return [
-        f"{len(problem.train):,} training examples, scored on {scored:,} of {options.get('eval_split') or problem.task.reported}",
+        f"{len(problem.train):,} training examples, scored on {scored:,} of {split}",
         *problem.notes,
         f"{length}, batches of {s.batch_size}, AdamW, {s.schedule} decay after {100 * s.warmup:g}% warm-up, "
         f"weight decay {s.weight_decay}, {clip}; learning rates in the table",

@@ -121,7 +121,8 @@ def score(
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; expected one each.")
     if "slots" in metrics and required is None:
         raise ValueError("The metric 'slots' needs the values that each text must say; give the task `slots`.")
-    return {name: METRICS[name](predictions, required if name == "slots" else references) for name in metrics}
+    against = {"slots": required or []}
+    return {name: METRICS[name](predictions, against.get(name, references)) for name in metrics}
 
 
 def _as_list(reference: str | Sequence[str]) -> list[str]:

@@ -137,4 +137,3 @@ def _sentences(rng: np.random.Generator, choices: list[list[str]]) -> str:
     told = [str(rng.choice(c)) for c in choices]
     order = [0, *(1 + rng.permutation(len(told) - 1))]
     return " ".join(f"{told[i][0].upper()}{told[i][1:]}." for i in order)
-

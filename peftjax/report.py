@@ -145,6 +145,7 @@ def plots(rows: Sequence[dict], results: Sequence[dict], metric: str, title: str
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     trained = [r for r in rows if r["trainable"]]
     base = next((r for r in rows if not r["trainable"]), None)
@@ -162,7 +163,7 @@ def plots(rows: Sequence[dict], results: Sequence[dict], metric: str, title: str
     if base is not None:
         ax.axhline(base["scores"][metric], color="0.6", linestyle="--", zorder=0)
         ax.annotate(base["method"], (0.01, base["scores"][metric]), xycoords=("axes fraction", "data"), va="bottom")
-    handles = [plt.Line2D([], [], color=c, marker="o", linestyle="") for c in COLOURS.values()]
+    handles = [Line2D([], [], color=c, marker="o", linestyle="") for c in COLOURS.values()]
     there = {r["kind"] for r in trained}
     shown = [(h, k if k != "-" else "reference") for h, k in zip(handles, COLOURS, strict=True) if k in there]
     if len(shown) > 1:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 
 from .checkpoint import save_adapter, write_atomically
-from .hub import fingerprint
+from .hub import BUNDLED, Model, fingerprint
 from .methods import METHODS, Method, build, chain, default_rate, head, parse
 from .problem import Evaluator, Problem, objective
 from .train import Settings, fit
@@ -59,10 +59,12 @@ def entries(text: str, *, is_classifier: bool, has_biases: bool) -> list[Entry]:
     return out
 
 
-def rate_of(entry: Entry, rates: dict[str, float], width: int) -> float:
-    """The learning rate given for the entry's name, a method in it, or all (''), or the method's default."""
+def rate_of(entry: Entry, rates: dict[str, float], model: Model, model_name: str) -> float:
+    """The learning rate given for the entry's name, a method in it, or all (''), or the default for this model."""
     given = [rates[name] for name in (*names_of(entry), "") if name in rates]
-    return given[0] if given else default_rate(entry.method, width)
+    width = next(s.width for s in model.sites if s.kind == "embedding")
+    own = BUNDLED[model_name].rates if model_name in BUNDLED else {}
+    return given[0] if given else default_rate(entry.method, width, own)
 
 
 def names_of(entry: Entry) -> list[str]:
@@ -162,8 +164,10 @@ def run(
     fitted_at = time.perf_counter()
     resolved = jax.jit(lambda p: method.resolve(p, None))(fitted.params)
     texts = evaluator.generate(resolved) if generation else []
-    known = fitted.best is not None and not generation and problem.scored is None
-    scores = fitted.best["eval"] if known else evaluator.scores(resolved, texts)
+    if fitted.best is not None and not generation and problem.scored is None:
+        scores = fitted.best["eval"]
+    else:
+        scores = evaluator.scores(resolved, texts)
     extra = {
         "task": problem.task.name,
         "labels": None if problem.task.labels is None else [str(x) for x in problem.task.labels],

@@ -102,8 +102,12 @@ def schedule(settings: Settings, total: int) -> optax.Schedule:
 
 
 def decays(trainable: Tree) -> Tree:
-    """The mask of weight decay: all leaves but biases (the prefix MLP's are `b1`, `b2`) and scales of norms."""
-    return map_with_path(lambda path, _: re.search(r"(^|/)(bias|scale|b\d+)(/|$)", path) is None, trainable)
+    """The mask of weight decay: all leaves but biases (the prefix MLP's are `b1`, `b2`), norms' scales, and lengths.
+
+    Decay of DoRA's lengths would shrink the base's weights, which LoRA's decay leaves as they are.
+    """
+    spared = r"(^|/)(bias|scale|magnitude|b\d+)(/|$)"
+    return map_with_path(lambda path, _: re.search(spared, path) is None, trainable)
 
 
 def make_optimizer(settings: Settings, total: int, method: Method) -> optax.GradientTransformationExtraArgs:

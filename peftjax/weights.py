@@ -199,7 +199,7 @@ class Blocks(Weight):
         return next(whole[..., first:end] for n, first, end in self.columns if n == name)
 
 
-def split(w: jax.Array, parts: Mapping[str, slice]) -> Blocks:
+def split(w: Any, parts: Mapping[str, slice]) -> Blocks:
     """An array as `Blocks` of its last axis, by the parts of a fused site."""
     columns = tuple((name, s.start, s.stop) for name, s in parts.items())
     return Blocks({name: w[..., first:end] for name, first, end in columns}, columns)

@@ -14,7 +14,7 @@ from conftest import SHARED, needs_shared
 
 from peftjax import count, hub
 
-FOLDER = hub.BUNDLED["tiny-books"]
+FOLDER = hub.BUNDLED["tiny-books"].folder
 SCRIPT = Path(__file__).parents[1] / "experiments/pretrain.py"
 
 
@@ -86,9 +86,7 @@ def test_unigram_and_bigram_against_counting_by_hand():
     unigram, bigram = script().bigram_losses(train, valid, 3)
     p = np.array([4, 3, 2]) / 9
     assert unigram == pytest.approx(-np.log(p[[1, 0]]).mean())
-    best = min(
-        -np.log([w * 2 / 3 + (1 - w) * p[1], w * 1.0 + (1 - w) * p[0]]).mean() for w in np.arange(0.05, 1, 0.05)
-    )
+    best = min(-np.log([w * 2 / 3 + (1 - w) * p[1], w * 1.0 + (1 - w) * p[0]]).mean() for w in np.arange(0.05, 1, 0.05))
     assert bigram == pytest.approx(best)
 
 

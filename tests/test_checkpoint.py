@@ -1,5 +1,6 @@
 """The adapter file and the training state: bit-equal both ways, and every damage is said."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -14,8 +15,8 @@ from safetensors.numpy import load_file, save_file
 
 from peftjax import METHODS, chain, checkpoint, hub, method, stack_layers
 from peftjax.checkpoint import StateFolder, load_adapter, read_header, save_adapter, write_atomically
-from peftjax.methods import bitfit, fishmask, full, head, lora, prefix
-from peftjax.tree import flatten, update
+from peftjax.methods import bitfit, dora, fishmask, full, head, lora, prefix
+from peftjax.tree import flatten, get, update
 from peftjax.weights import NODES
 
 ADAPTERS = {
@@ -25,12 +26,22 @@ ADAPTERS = {
     "fishmask": fishmask(0.2, score="random"),
     "lora+fishmask": chain(fishmask(count=99, targets=["query"], score="random"), lora(rank=2, targets=["query"])),
     "lora": lora(rank=2, targets=["linear"], rank_pattern={"query": 3}, dropout=0.1, rslora=True),
+    "dora": dora(rank=2, targets=["linear", "embedding"], dropout=0.1),
     "lora-tied": lora(rank=2, targets=["embedding", "query"], tied_embedding="take"),
     "prefix": prefix(length=3),
     "prefix-mlp": prefix(length=3, mlp=True, hidden=5),
     "lora+bitfit": chain(lora(rank=2), bitfit(create=True)),
     "lora+lora": chain(lora(rank=2, targets=["query"]), lora(rank=3, targets=["query"])),
     "lora+full": chain(lora(rank=2), full()),
+}
+PARTS = {  # on GPT-2, whose query, key and value are blocks of one weight
+    "lora": lora(rank=2),
+    "dora, then lora over it": chain(dora(rank=2), lora(rank=1, targets=["query"])),
+    "entries of one block": fishmask(count=40, targets=["key"], score="random"),
+    "one block, thrice": chain(*(lora(rank=r, targets=["key"]) for r in (1, 2, 3))),
+    "inside a whole": chain(lora(rank=2, targets=["value"]), lora(rank=3, targets=["linear"]), bitfit(["query"])),
+    "two blocks, then full": chain(lora(rank=2, targets=["query"]), bitfit(["value"]), bitfit(["key"]), full()),
+    "all blocks": bitfit(["value", "key", "query"]),
 }
 
 
@@ -49,6 +60,12 @@ def base():
 @pytest.fixture(scope="module")
 def classifier():
     return llama(task="classification")
+
+
+@pytest.fixture(scope="module")
+def fused():
+    model = hub.from_config(tiny.config("gpt2"), "causal-lm")
+    return model._replace(params=tiny.roughen(model.params))
 
 
 def adapted(m, model, seed=5):
@@ -84,6 +101,16 @@ def test_every_method_has_its_round_trip():
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_saved_and_loaded_is_bit_equal(name, stacked, base, classifier, tmp_path):
     m, model = ADAPTERS[name], classifier if name == "head" else base
+    check_round_trip(m, model, stacked, tmp_path)
+
+
+@pytest.mark.parametrize("stacked", [False, True], ids=["loop", "scan"])
+@pytest.mark.parametrize("name", PARTS)
+def test_blocks_are_bit_equal(name, stacked, fused, tmp_path):
+    check_round_trip(PARTS[name], fused, stacked, tmp_path)
+
+
+def check_round_trip(m, model, stacked, tmp_path):
     params = adapted(m, model)
     resolved = m.resolve(params, None)
     size = save_adapter(tmp_path / "a", model, m, stack_layers(params) if stacked else params, {"n": 1})
@@ -97,6 +124,29 @@ def test_saved_and_loaded_is_bit_equal(name, stacked, base, classifier, tmp_path
     assert np.array_equal(model.forward(got.params, tokens).logits, model.forward(resolved, tokens).logits)
     save_adapter(tmp_path / "b", model, got.method, got.params, {"n": 1})
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_blocks_that_do_not_train_are_the_bases(fused, tmp_path):
+    """The file names them, holds none of them, and they come from the base at hand, in its dtype."""
+    m, path = lora(rank=2, targets=["key"]), "transformer/h_0/attn/c_attn/kernel"
+    save_adapter(tmp_path / "a", fused, m, adapted(m, fused))
+    assert {p.partition("kernel")[2] for p in load_file(tmp_path / "a")} == {"/blocks/key/a", "/blocks/key/b"}
+    items = read_header(tmp_path / "a")["nodes"][path]["fields"]["blocks"]["items"]
+    assert (items["query"], items["value"], items["key"]["fields"]["base"]) == ("base", "base", "base")
+    half = fused._replace(params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), fused.params))
+    got, want = get(load_adapter(tmp_path / "a", half).params, path), get(half.params, path)
+    whole = [got.blocks["query"], got.blocks["key"].base, got.blocks["value"]]
+    assert tiny.same(jnp.concatenate(whole, axis=1), want)
+
+
+@pytest.mark.parametrize("block", ["query", "key"])
+def test_a_block_of_the_base_that_changed_unsaved_is_refused(block, fused, tmp_path):
+    m, path = lora(rank=2, targets=["key"]), "transformer/h_1/attn/c_attn/kernel"
+    params = adapted(m, fused)
+    w = get(params, path)
+    louder = {**w.blocks, block: jax.tree.map(lambda x: x + 1, w.blocks[block])}
+    with pytest.raises(ValueError, match="changed arrays of the base that it does not save"):
+        save_adapter(tmp_path / "a", fused, m, update(params, {path: dataclasses.replace(w, blocks=louder)}))
 
 
 def test_the_file_holds_what_the_method_saves_and_no_more(saved, base):

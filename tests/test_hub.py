@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from conftest import MINILM, STORIES, needs_shared
+from conftest import CAPP, MINILM, STORIES, needs_shared
 from safetensors.numpy import load_file, save_file
 
 from peftjax import hub
@@ -31,12 +31,23 @@ BERT: dict[str, Any] = {
     "max_position_embeddings": 12,
 }
 LLAMA: dict[str, Any] = {**BERT, "num_key_value_heads": 1}
+GPT2: dict[str, Any] = {
+    "vocab_size": 30,
+    "n_embd": 16,
+    "n_layer": 2,
+    "n_head": 2,
+    "n_positions": 12,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 
 
 def tiny(family="llama", task="causal-lm", **extra):
     """A model from a config with random values in every leaf, biases and norms too."""
     if family == "bert":
         config = transformers.BertConfig(**{**BERT, **extra})
+    elif family == "gpt2":
+        config = transformers.GPT2Config(**{**GPT2, **extra})
     else:
         config = transformers.LlamaConfig(**{**LLAMA, **extra})
     model = hub.from_config(config, task)
@@ -144,6 +155,17 @@ def test_unknown_architecture(tmp_path):
     assert hub.load(tmp_path, "causal-lm").module.head == "causal-lm"
 
 
+def test_architectures_tell_the_task():
+    for name, task in [("GPT2LMHeadModel", "causal-lm"), ("LlamaModel", "encoder"), ("GPT2Model", "encoder")]:
+        assert hub.task_of(name) == task
+    for family in hub.FAMILIES.values():
+        for architecture in family.heads:
+            config = transformers.AutoConfig.for_model(family.name)
+            assert hub.from_config(config, hub.task_of(architecture), seed=None).hf_config.architectures == [
+                architecture
+            ]
+
+
 def test_unknown_task(tmp_path):
     with pytest.raises(ValueError, match=r"no task 'poetry' for a model; the tasks are .*'causal-lm'"):
         hub.load(saved(tmp_path), "poetry")
@@ -159,6 +181,11 @@ BAD_CONFIGS: list[Any] = [
     ("bert", "encoder", {"hidden_act": "mish"}, "activation 'mish' is not supported; supported are .*'gelu'"),
     ("bert", "encoder", {"pruned_heads": {"0": [1]}}, r"pruned_heads=\{'0': \[1\]\}"),
     ("bert", "encoder", {"hidden_size": 15}, "hidden_size 15 does not divide into 2 attention heads"),
+    ("gpt2", "causal-lm", {"add_cross_attention": True}, r"add_cross_attention=True \(supported: False\)"),
+    ("gpt2", "causal-lm", {"n_head": 3}, "n_embd 16 does not divide into 3 attention heads"),
+    ("gpt2", "causal-lm", {"activation_function": "mish"}, "activation 'mish' is not supported"),
+    ("llama", "causal-lm", {"n_ctx": 64}, r"n_ctx=64 \(supported: None\)"),
+    ("llama", "causal-lm", {"summary_type": "mean"}, r"summary_type='mean'"),
     ("llama", "causal-lm", {"sliding_window": 128}, r"sliding_window=128 \(supported: None\)"),
     ("llama", "causal-lm", {"sliding_window": 0}, r"sliding_window=0 \(supported: None\)"),
     ("llama", "causal-lm", {"pretraining_tp": 2}, r"pretraining_tp=2 \(supported: 1\)"),
@@ -206,6 +233,12 @@ def test_harmless_config_values(tmp_path):
     }
     edit(saved(tmp_path), **values, temperature=0.9, max_length=20)
     hub.load(tmp_path)
+
+
+def test_harmless_config_values_of_gpt2(tmp_path):
+    values = {"n_ctx": 64, "summary_type": "mean", "summary_first_dropout": 0.3, "reorder_and_upcast_attn": True}
+    edit(saved(tmp_path, "gpt2"), **values)
+    assert_equal_trees(hub.load(tmp_path).params, tiny("gpt2").params)
 
 
 def test_remote_code(tmp_path):
@@ -384,8 +417,29 @@ def test_old_layer_norm_names(tmp_path):
     assert_equal_trees(hub.load(folder).params, tiny("bert", "classification").params)
 
 
+def test_old_gpt2_files(tmp_path):
+    """Without the prefix and with buffers, as the first GPT-2 files are; the tied head again or not."""
+    folder = saved(tmp_path, "gpt2")
+    tensors = load_file(folder / WEIGHTS)
+    assert "transformer.h.0.ln_1.weight" in tensors
+    assert "lm_head.weight" not in tensors
+    assert tensors["transformer.h.0.attn.c_attn.weight"].shape == (16, 48)  # a Conv1D is not transposed
+    buffers = {f"h.{i}.attn.{n}": np.ones((1, 1)) for i in range(2) for n in ("bias", "masked_bias")}
+    edit_tensors(folder, rename=lambda name: name.removeprefix("transformer."), **buffers)
+    assert_equal_trees(hub.load(folder).params, tiny("gpt2").params)
+    edit_tensors(folder, lm_head__weight=tensors["transformer.wte.weight"])
+    assert_equal_trees(hub.load(folder).params, tiny("gpt2").params)
+    edit_tensors(folder, lm_head__weight=tensors["transformer.wte.weight"] + 1)
+    with pytest.raises(ValueError, match=r"ties lm_head\.weight to transformer\.wte\.weight, but .* two different"):
+        hub.load(folder)
+    edit_tensors(folder, drop=["lm_head.weight"], h__0__attn__c_attn__bais=np.ones(48))
+    with pytest.raises(ValueError, match=r"not known to the model: h\.0\.attn\.c_attn\.bais"):
+        hub.load(folder)
+
+
 @pytest.mark.parametrize(
-    ("family", "head"), [("bert", ("classifier/bias", "classifier/kernel")), ("llama", ("score/kernel",))]
+    ("family", "head"),
+    [("bert", ("classifier/bias", "classifier/kernel")), ("llama", ("score/kernel",)), ("gpt2", ("score/kernel",))],
 )
 def test_base_file_into_a_classifier(tmp_path, family, head):
     folder = saved(tmp_path, family, "encoder")
@@ -448,6 +502,10 @@ def test_from_config_leaves_the_config_alone():
         ("llama", "causal-lm", {"attention_bias": True, "mlp_bias": True}),
         ("llama", "causal-lm", {"tie_word_embeddings": True}),
         ("llama", "classification", {"num_labels": 3}),
+        ("gpt2", "causal-lm", {"n_inner": 20, "scale_attn_by_inverse_layer_idx": True}),
+        ("gpt2", "causal-lm", {"tie_word_embeddings": False}),
+        ("gpt2", "classification", {"num_labels": 3}),
+        ("gpt2", "encoder", {}),
         ("llama", "encoder", {"rope_parameters": {"rope_type": "linear", "rope_theta": 77.0, "factor": 2.0}}),
     ],
 )
@@ -465,7 +523,7 @@ def test_save_load_save_is_byte_equal(tmp_path, family, task, extra):
 
 
 @needs_shared
-@pytest.mark.parametrize("folder", [MINILM, STORIES], ids=["minilm", "stories"])
+@pytest.mark.parametrize("folder", [MINILM, STORIES, CAPP], ids=["minilm", "stories", "capp"])
 def test_real_tensors_survive(tmp_path, folder):
     model = hub.load(folder, param_dtype=jnp.float16 if folder == MINILM else jnp.float32)
     hub.save(model, model.params, tmp_path)
@@ -480,13 +538,16 @@ MERGED: list[Any] = [
     ("llama", "causal-lm", "LlamaForCausalLM", {"attention_bias": True}),
     ("llama", "causal-lm", "LlamaForCausalLM", {"tie_word_embeddings": True, "attention_bias": True}),
     ("llama", "classification", "LlamaForSequenceClassification", {"pad_token_id": 29, "mlp_bias": True}),
+    ("gpt2", "causal-lm", "GPT2LMHeadModel", {}),
+    ("gpt2", "causal-lm", "GPT2LMHeadModel", {"tie_word_embeddings": False, "scale_attn_weights": False}),
+    ("gpt2", "classification", "GPT2ForSequenceClassification", {"pad_token_id": 29}),
 ]
 
 
 @pytest.mark.parametrize(("family", "task", "cls", "extra"), MERGED)
 def test_merged_models_load_in_transformers(tmp_path, family, task, cls, extra, key):
     model = tiny(family, task, **extra)
-    method = chain(lora(rank=2, alpha=5, targets=["linear", "embedding"]), bitfit())
+    method = chain(lora(2, targets=["query"]), lora(rank=2, alpha=5, targets=["linear", "embedding"]), bitfit())
     mask = method.trainable(params := method.init(key, model.params, model.sites))
     params = jax.tree.map(lambda x, m: x + 0.1 * jax.random.normal(key, x.shape) if m else x, params, mask)
     want = outputs(model, params)

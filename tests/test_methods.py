@@ -96,7 +96,9 @@ class Sizes(NamedTuple):
 
 
 SIZES = {
-    "llama": Sizes(KV * SIZE, LAYERS * (D + 2 * KV * SIZE + D + FF + FF + D), D * LABELS, 2, 4 * D + 2 * (D + KV * SIZE)),
+    "llama": Sizes(
+        KV * SIZE, LAYERS * (D + 2 * KV * SIZE + D + FF + FF + D), D * LABELS, 2, 4 * D + 2 * (D + KV * SIZE)
+    ),
     # q k v o, two norms, intermediate, output; the embeddings' norm and the pooler
     "bert": Sizes(D, LAYERS * (4 * D + 2 * D + FF + D) + D + D, (D + 1) * LABELS, 1, 8 * D),
     "gpt2": Sizes(D, LAYERS * (3 * D + D + FF + D + 2 * D) + D, D * LABELS, 1, 4 * D + 2 * D),  # q k v are one

@@ -445,7 +445,9 @@ def test_dora_products_are_the_equations(key):
 def test_dora_of_a_column_of_zeros_stays_zero(key):
     w = dataclasses.replace(some_dora(key), base=jnp.zeros((7, 5)), b=jnp.zeros((3, 5)), magnitude=jnp.zeros(5))
     assert np.array_equal(dot(w, jnp.ones((1, 7))), np.zeros((1, 5)))
-    assert np.isfinite(jax.grad(lambda m: dot(dataclasses.replace(w, magnitude=m), jnp.ones((1, 7))).sum())(w.magnitude)).all()
+    assert np.isfinite(
+        jax.grad(lambda m: dot(dataclasses.replace(w, magnitude=m), jnp.ones((1, 7))).sum())(w.magnitude)
+    ).all()
 
 
 def test_dora_drops_the_change_of_the_bases_output_too(key):

@@ -15,7 +15,7 @@ import tiny
 
 from peftjax import chain, combine, masks, method, partition
 from peftjax.checkpoint import StateFolder
-from peftjax.methods import bitfit, full, head, lora, prefix
+from peftjax.methods import bitfit, dora, full, head, lora, prefix
 from peftjax.problem import Evaluator, objective
 from peftjax.train import (
     Interrupted,
@@ -122,6 +122,10 @@ def test_weight_decay_spares_biases_and_norms_whatever_stands_there(rte):
     assert "bert/embeddings/LayerNorm/scale" in spared
     assert all("/bias" in p or p.endswith("/scale") for p in spared)
     assert all("/bias" not in p and not p.endswith("/scale") for p in mask if p not in spared)
+    lengths = dora(rank=1).init(jax.random.key(0), rte.model.params, rte.model.sites)
+    assert {p.rpartition("/")[2] for p, d in flatten(decays(lengths)).items() if not d and "/kernel/" in p} == {
+        "magnitude"
+    }
     mlp = prefix(length=2, mlp=True, hidden=4).init(jax.random.key(0), rte.model.params, rte.model.sites)["prefix_mlp"]
     assert {p for p, decayed in flatten(decays({"prefix_mlp": mlp})).items() if not decayed} == {
         "prefix_mlp/b1",

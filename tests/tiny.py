@@ -46,8 +46,10 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
     }
     if family == "bert":
         return transformers.BertConfig(**sizes | changes)
-    sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
     ends: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    if family == "gpt2":
+        return transformers.GPT2Config(n_inner=sizes.pop("intermediate_size"), **sizes | ends | changes)
+    sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
     return transformers.LlamaConfig(**sizes | ends | changes)
 
 

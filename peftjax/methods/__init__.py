@@ -2,7 +2,8 @@
 
 import ast
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from .base import Method as Method
@@ -31,9 +32,8 @@ class Row(NamedTuple):
         k: features of the keys.
       acts: where.
       merges: whether the result can be written as plain weights of the base.
-      rate: the default learning rate at width 768.
-      widens: whether that rate is taken times 768 / width: so for matrices under Adam, not for vectors
-        (Yang et al. 2022, arXiv:2203.03466, table 3).
+      rate: the default learning rate at width 768; it is taken times 768 / width, as matrices under Adam want it
+        (Yang et al. 2022, arXiv:2203.03466, table 3), and as biases and prefixes of bases 64 and 128 wide did too.
       paper: where it is defined.
     """
 
@@ -43,14 +43,13 @@ class Row(NamedTuple):
     acts: str
     merges: bool
     rate: float
-    widens: bool
     paper: str
 
 
 TABLE: dict[str, Row] = {
-    "full": Row(full, "-", "all", "everywhere", True, 5e-5, True, "-"),
-    "head": Row(head, "-", "(d + 1) labels", "task head", True, 1e-3, True, "-"),
-    "bitfit": Row(bitfit, "selective", "all biases", "biases", True, 3e-3, False, "arXiv:2106.10199"),
+    "full": Row(full, "-", "all", "everywhere", True, 5e-5, "-"),
+    "head": Row(head, "-", "(d + 1) labels", "task head", True, 1e-3, "-"),
+    "bitfit": Row(bitfit, "selective", "all biases", "biases", True, 3e-3, "arXiv:2106.10199"),
     # the paper's 5e-5 at BERT-large's width 1024
     "fishmask": Row(
         fishmask,
@@ -59,14 +58,11 @@ TABLE: dict[str, Row] = {
         "any entry",
         True,
         6.67e-5,
-        True,
         "arXiv:2111.09839",
     ),
-    "lora": Row(lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, True, "arXiv:2106.09685"),
-    "dora": Row(
-        dora, "low-rank", "r (inputs + outputs) + outputs a matrix", "weights", True, 5e-4, True, "arXiv:2402.09353"
-    ),
-    "prefix": Row(prefix, "additive", "2 n L k", "attention", False, 1e-2, False, "arXiv:2101.00190"),
+    "lora": Row(lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, "arXiv:2106.09685"),
+    "dora": Row(dora, "low-rank", "r (inputs + outputs) + outputs a matrix", "weights", True, 5e-4, "arXiv:2402.09353"),
+    "prefix": Row(prefix, "additive", "2 n L k", "attention", False, 1e-2, "arXiv:2101.00190"),
 }
 METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}
 
@@ -80,11 +76,15 @@ def methods_table() -> str:
     return "\n".join(rows)
 
 
-def default_rate(method: Method, width: int) -> float:
-    """The default learning rate of a method: the largest that a part of it, the task head left out, asks for."""
-    rows = [TABLE[name] for name, _ in method.spec if name in TABLE]
-    rows = [r for r in rows if r.factory is not head] or rows
-    return max((r.rate * (768 / width if r.widens else 1) for r in rows), default=1e-3)
+def default_rate(method: Method, width: int, own: Mapping[str, float] = MappingProxyType({})) -> float:
+    """The default learning rate of a method: the largest that a part of it, the task head left out, asks for.
+
+    Args:
+      own: name of a method -> the rate of a base for which it is known; the table's otherwise.
+    """
+    names = [name for name, _ in method.spec if name in TABLE]
+    names = [name for name in names if name != "head"] or names
+    return max((own.get(name, TABLE[name].rate * 768 / width) for name in names), default=1e-3)
 
 
 def build(name: str, arguments: dict) -> Method:

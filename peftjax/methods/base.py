@@ -36,8 +36,9 @@ class Site(NamedTuple):
 
     Attributes:
       path: of the weight, or of the module for the kinds 'attention', 'block' and 'positions'.
-      kind: 'query', 'key', 'value', 'fused_qkv', 'attention_out', 'mlp_in', 'mlp_out', 'embedding', 'embedding_other' (types,
-        learned positions), 'head' (of a task), 'lm_head', 'norm', 'attention', 'block', 'positions', 'pooler'.
+      kind: 'query', 'key', 'value', 'fused_qkv', 'attention_out', 'mlp_in', 'mlp_out', 'embedding',
+        'embedding_other' (types, learned positions), 'head' (of a task), 'lm_head', 'norm', 'attention', 'block',
+        'positions', 'pooler'.
       layer: index of the layer, or None outside the stack.
       width: features of the site's output.
       heads: (query heads, key/value heads, head size) at attention sites.

@@ -83,7 +83,7 @@ def dora(
     dropout: float = 0.0,
     tied_embedding: str = "both",
 ) -> Method:
-    """Trains length and direction of a weight's columns apart: `W' = m ⊙ (W + (alpha / r) A B) / ‖W + (alpha / r) A B‖`.
+    """Trains length and direction of a weight's columns apart: `W' = m ⊙ V / ‖V‖`, `V = W + (alpha / r) A B`.
 
     Liu et al. 2024 (arXiv:2402.09353), section 4.1, equation 5. A and B start as in `lora`, m as the norms of W, so
     the function starts unchanged. The paper writes W as (d, k) with norms by column and m in R^(1 x k); its code takes

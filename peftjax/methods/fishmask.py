@@ -225,9 +225,7 @@ def fishmask(
     def observe(objective, params, sites, batches):
         candidates, k = choices(params, sites)
         paths = {c.site.path for c in candidates.values()}
-        scores = fisher(
-            objective, params, batches, samples, lambda tree: map_with_path(lambda p, _: p in paths, tree)
-        )
+        scores = fisher(objective, params, batches, samples, lambda tree: map_with_path(lambda p, _: p in paths, tree))
         whole = {p: np.asarray(x) for p, x in flatten(scores).items()}
         chosen = _largest({p: c.site.columns(whole[c.site.path]) for p, c in candidates.items()}, k)
         shapes = {p: candidates[p].array.shape for p in chosen}
