@@ -180,7 +180,7 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
     if (Path(out) / "config.json").exists():
         raise ValueError(f"{out} holds a model already; choose another --out, or remove that folder")
     out = check_writable(out)
-    purpose = hub.purpose(header["base"]["architecture"])
+    purpose = hub.task_of(header["base"]["architecture"])
     labels = header["extra"].get("labels")
     if purpose == "classification" and labels is None:
         labels = 1

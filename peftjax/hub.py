@@ -124,10 +124,10 @@ def load(
     return model._replace(params=params, fresh=tuple(missing))
 
 
-def purpose(architecture: str) -> str:
+def task_of(architecture: str) -> str:
     """The task that an architecture is for.
 
-    >>> purpose("GPT2LMHeadModel")
+    >>> task_of("GPT2LMHeadModel")
     'causal-lm'
     """
     heads = {a: head for family in FAMILIES.values() for a, head in family.heads.items()}
