@@ -42,7 +42,7 @@ class Bundled(NamedTuple):
 BUNDLED = {
     "tiny-books": Bundled(
         Path(__file__).parent / "tiny_books",
-        {"fishmask": 3e-3, "lora": 1e-2, "dora": 1e-2, "full": 1.5e-3},
+        {"bitfit": 4e-2, "fishmask": 1e-2, "lora": 2e-2, "dora": 2e-2, "prefix": 0.15, "full": 3e-3},
     )
 }
 
