@@ -200,8 +200,15 @@ class Blocks(Weight):
 
 
 def split(w: Any, parts: Mapping[str, slice]) -> Blocks:
-    """An array as `Blocks` of its last axis, by the parts of a fused site."""
+    """An array as `Blocks` of its last axis, by the parts of a fused site.
+
+    Raises:
+      ValueError: the parts, from left to right, leave columns out or share some.
+    """
     columns = tuple((name, s.start, s.stop) for name, s in parts.items())
+    ends = [0, *(end for _, _, end in columns)]
+    if [first for _, first, _ in columns] != ends[:-1] or ends[-1] != w.shape[-1]:
+        raise ValueError(f"the parts {dict(parts)} do not lay out the {w.shape[-1]} columns from left to right")
     return Blocks({name: w[..., first:end] for name, first, end in columns}, columns)
 
 

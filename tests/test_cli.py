@@ -15,10 +15,11 @@ import pytest
 import tiny
 from conftest import SHARED, STORIES, needs_shared
 
+from peftjax import METHODS, hub, train
 from peftjax import compare as comparison
-from peftjax import train
 from peftjax.cli import _rates, main
 from peftjax.problem import Evaluator
+from peftjax.run import zero_shot
 
 QUICK = ("--steps", "3", "--batch-size", "8", "--buckets", "1")
 
@@ -105,6 +106,48 @@ def test_compare(at, tmp_path, call):
     assert more.count("already trained") == 4
     assert {p: p.stat().st_mtime_ns for p in files} == files
     assert len([p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bitfit")]) == 2
+
+
+def test_without_model_and_task_it_is_the_bundled_base_on_the_built_in_task(tmp_path, call):
+    """Quick: two of the methods, three steps, four inputs; the base as it is comes first."""
+    few = ("--steps", 3, "--eval-limit", 4, "--buckets", 1, "--methods", "bitfit, lora", "--out", tmp_path)
+    status, out, _ = call("compare", *few)
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r["method"] for r in rows] == ["zero-shot", "bitfit", "lora"]
+    assert rows[0]["trainable"] == 0
+    assert all(set(r["scores"]) == {"loss", "slots", "bleu"} for r in rows)
+    rates = [r["config"]["settings"].get("learning_rate") for r in rows]
+    assert rates == [None, hub.BUNDLED["tiny-books"].rates["bitfit"], hub.BUNDLED["tiny-books"].rates["lora"]]
+    report = (tmp_path / "report.md").read_text()
+    assert "scored on 4 of test" in report
+    assert "| zero-shot | 0 | 0.000% |" in report
+    assert report.count("- reference: ") == 4
+    assert out.count("reference") == 2
+    assert "tiny-books on places" in out
+    status, again, _ = call("compare", *few, "--lr", "1e-3")
+    assert status == 0
+    assert "zero-shot" in again
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [r["config"]["settings"]["learning_rate"] for r in rows[1:]] == [1e-3, 1e-3]
+
+
+def test_every_method_that_fits_and_word_of_those_that_do_not(at, tmp_path):
+    """77 classes need more than the half percent that FISH Mask may train; asked for by name, that is an error."""
+    problem, chosen = comparison.set_up("tiny-books", "banking77", str(at / "banking77"), None)
+    names = [e.name for e in chosen]
+    assert names == [n for n in (*[m for m in METHODS if m != "full"], "full") if n != "fishmask"]
+    assert any("fishmask is left out: " in note for note in problem.notes)
+    with pytest.raises(ValueError, match="leaves nothing beside the task head"):
+        comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "fishmask")
+    _, generating = comparison.set_up("tiny-books", "places", None, None)
+    assert [e.name for e in generating] == [n for n in (*[m for m in METHODS if m != "full"], "full") if n != "head"]
+
+
+def test_a_new_head_has_no_zero_shot(at, tmp_path):
+    problem, _ = comparison.set_up(str(at / "bert"), "rte", str(at / "rte"), "head")
+    with pytest.raises(ValueError, match=r"task head .* is new; train it"):
+        zero_shot(problem, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -39,7 +39,7 @@ from peftjax.methods.base import leaf_key, mark, path_key
 from peftjax.methods.lora import LoRA
 from peftjax.methods.prefix import Prefix
 from peftjax.tree import cast, flatten, get, map_with_path, nearest, update
-from peftjax.weights import NODES, data_fields, is_node, map_nodes, static_fields
+from peftjax.weights import NODES, data_fields, is_node, map_nodes, split, static_fields
 
 
 @node
@@ -935,3 +935,77 @@ def test_specs_build_the_method_again(name, key):
         from_spec([["nothing", {}]])
     with pytest.raises(ValueError, match=f"{name}: .*its arguments are"):
         build(name, {"no_such": 1})
+
+
+# Parts of a fused weight
+
+
+FUSED = {"query": slice(0, 4), "key": slice(4, 6), "value": slice(6, 10)}
+
+
+def fused(key):
+    """One fused weight of 5 inputs and 10 outputs, with its bias, and its site."""
+    params = {"c_attn": {"kernel": jax.random.normal(key, (5, 10)), "bias": jnp.arange(10.0)}}
+    return params, (Site("c_attn/kernel", "fused_qkv", 0, 10, parts=FUSED),)
+
+
+def test_blocks_are_the_weight(key):
+    params, _ = fused(key)
+    w = params["c_attn"]["kernel"]
+    blocks, x, y = split(w, FUSED), jax.random.normal(key, (3, 5)), jax.random.normal(key, (3, 10))
+    assert blocks.shape == w.shape
+    assert np.array_equal(materialize(blocks), w)
+    np.testing.assert_allclose(dot(blocks, x), x @ w, atol=1e-6)
+    np.testing.assert_allclose(take(blocks, jnp.array([4, 0])), w[jnp.array([4, 0])])
+    np.testing.assert_allclose(attend(blocks, y), y @ w.T, atol=1e-5)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x]), blocks)
+    assert np.array_equal(stacked.materialize(), jnp.stack([w, 2 * w]))
+    for parts in ({"query": slice(0, 4)}, {"a": slice(0, 6), "b": slice(4, 10)}, {"a": slice(4, 10), "b": slice(0, 4)}):
+        with pytest.raises(ValueError, match="do not lay out the 10 columns"):
+            split(w, parts)
+
+
+def test_a_part_is_a_target_of_any_weight_method(key):
+    params, sites = fused(key)
+
+    def new(key, w, site):
+        assert (site.kind, site.width) == (site.part, w.shape[1])
+        return Scaled(w, jnp.full(w.shape[1], 2.0))
+
+    m = weight_method("scaled", {}, ["value", "key"], Scaled, new)
+    adapted = m.init(key, params, sites)
+    merged = merge(adapted)["c_attn"]["kernel"]
+    factors = np.repeat([1.0, 2.0, 2.0], [4, 2, 4])
+    np.testing.assert_allclose(merged, params["c_attn"]["kernel"] * factors)
+    trained = {p for p, t in flatten(m.trainable(adapted)).items() if t}
+    assert trained == {"c_attn/kernel/blocks/key/s", "c_attn/kernel/blocks/value/s"}
+
+
+def test_parts_get_keys_of_their_own_and_the_whole_covers_its_parts(key):
+    params, sites = fused(key)
+    w = lora(rank=2, targets=["query", "value"]).init(key, params, sites)["c_attn"]["kernel"]
+    assert not np.allclose(w.blocks["query"].a, w.blocks["value"].a)
+    both = lora(rank=2, targets=["query", "linear"]).init(key, params, sites)["c_attn"]["kernel"]
+    assert type(both) is LoRA
+    assert both.b.shape == (2, 10)
+
+
+def test_methods_of_parts_chain_and_a_whole_comes_after_its_parts(key):
+    params, sites = fused(key)
+    m = chain(
+        lora(rank=1, targets=["query"]), bitfit(["key"]), lora(rank=2, targets=["value"]), lora(2, targets=["linear"])
+    )
+    adapted = m.init(key, params, sites)["c_attn"]
+    assert type(adapted["kernel"]) is LoRA
+    assert {n: type(b).__name__ for n, b in adapted["kernel"].base.blocks.items()} == {
+        "query": "LoRA",
+        "key": "ArrayImpl",
+        "value": "LoRA",
+    }
+    assert np.array_equal(adapted["bias"].blocks["key"].value, [4.0, 5.0])
+    with pytest.raises(ValueError, match="already a LoRA as a whole, so its part 'query'"):
+        chain(lora(2, targets=["linear"]), lora(1, targets=["query"])).init(key, params, sites)
+    with pytest.raises(ValueError, match=r"it has \['fused_qkv', 'key', 'query', 'value'\]"):
+        lora(1, targets=["qeury"]).init(key, params, sites)
+    with pytest.raises(ValueError, match="bitfit: c_attn/bias is already a Trained"):
+        chain(bitfit(["key"]), bitfit(["key"])).init(key, params, sites)
