@@ -909,7 +909,7 @@ def _fish(folder):
     batch |= {"labels": rng.integers(0, 3, 6), "weight": np.ones(6, np.float32)}
     names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "type_ids": "token_type_ids"}
     inputs = {theirs_: torch.tensor(np.ascontiguousarray(batch[ours])) for ours, theirs_ in names.items()}
-    links = plain_links(theirs, base.ours.params)
+    links = plain_links(theirs, base.ours.params, base.ours.family)
     scores = {path: np.zeros(x.shape) for path, x in flatten(base.ours.params).items()}
     for n in range(6):
         theirs.zero_grad()
@@ -956,7 +956,7 @@ def test_fishmask_trains_as_adam_on_masked_gradients(fish, layout):
     base, theirs, links, inputs, batch, objective, scores, k = fish
     method = chain(fishmask(count=k), head()).observed(objective, base.ours.params, base.ours.sites, [batch])
     theirs = copy.deepcopy(theirs)
-    links = plain_links(theirs, base.ours.params)
+    links = plain_links(theirs, base.ours.params, base.ours.family)
     masks_ = {p: np.zeros(x.shape).ravel() for p, x in scores.items()}
     for path, indices in top(scores, k).items():
         masks_[path][indices] = 1
