@@ -69,7 +69,7 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
         "spec": [[name, arguments] for name, arguments in method.spec],
         "base": _base(model),
         "digest": _digest(tensors),
-        "nodes": {p: _describe(p, n, saved) for p, n in sorted(nodes.items())},
+        "nodes": {p: _describe(p, n, saved, p in base) for p, n in sorted(nodes.items())},
         "arrays": arrays,
         "extra": extra or {},
     }
@@ -200,18 +200,18 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
     return h.hexdigest()
 
 
-def _describe(path: str, n: Any, saved: dict[str, bool]) -> dict:
+def _describe(path: str, n: Any, saved: dict[str, bool], in_base: bool) -> dict:
     def field(name, value):
         here = f"{path}/{name}"
         if value is None:
             return None
         if is_node(value):
-            return _describe(here, value, saved)
+            return _describe(here, value, saved, in_base)
         if isinstance(value, dict):
             return {"items": {k: field(f"{name}/{k}", v) for k, v in value.items()}}
         if saved.get(here):
             return SAVED
-        if name == "base" or isinstance(n, Blocks):
+        if in_base and (name == "base" or isinstance(n, Blocks)):
             return BASE
         raise ValueError(f"the method does not save {here}, and it is not the base's; the file could not be loaded")
 

@@ -172,10 +172,10 @@ def from_config(
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
     """The folder itself, a base that comes with the package, or the hub's snapshot, downloaded if need be."""
     path = Path(name)
+    if str(name) in BUNDLED:  # a folder of that name here is `./tiny-books`
+        return BUNDLED[str(name)].folder
     if path.is_dir():
         return path
-    if str(name) in BUNDLED:
-        return BUNDLED[str(name)].folder
     if path.is_absolute() or str(name).startswith((".", "~")) or str(name).count("/") > 1 or path.exists():
         raise FileNotFoundError(f"{name} is no folder; write the folder that holds config.json, or a hub name")
     import huggingface_hub

@@ -89,6 +89,8 @@ def slots(predictions: Values, references: Values) -> float:
         for text, values in zip(predictions, references, strict=True)
         for value in values
     ]
+    if not said:
+        raise ValueError("No text has a value that it must say; `slots` has nothing to count.")
     return 100.0 * sum(said) / len(said)
 
 

@@ -194,6 +194,28 @@ class Blocks(Weight):
         wide = max((x.dtype for x in arrays.values()), key=lambda dtype: dtype.itemsize)
         return jnp.concatenate([arrays[name].astype(wide) for name, _, _ in self.columns], axis=-1)
 
+    @staticmethod
+    def align(nodes: list) -> list:
+        """The layers' nodes, or plain arrays, as blocks of the same columns."""
+        columns = next(n.columns for n in nodes if isinstance(n, Blocks))
+        parts = {name: slice(first, end) for name, first, end in columns}
+
+        def blocks(x):
+            if isinstance(x, Blocks):
+                return x
+            if x is None or isinstance(x, bool):  # a hole of a partition, or an entry of a mask
+                return Blocks(dict.fromkeys(parts, x), columns)
+            return split(x, parts)
+
+        return [blocks(x) for x in nodes]
+
+    def trim(self, like: "Blocks") -> Any:
+        """The plain array again, where no block is a node."""
+        if any(is_node(b) for b in self.blocks.values()):
+            return self
+        first = next(iter(self.blocks.values()))
+        return first if first is None or isinstance(first, bool) else self.join(self.blocks)
+
     def piece(self, whole: jax.Array, name: str) -> jax.Array:
         """The columns of `whole` that a block stands for."""
         return next(whole[..., first:end] for n, first, end in self.columns if n == name)

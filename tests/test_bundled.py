@@ -54,10 +54,11 @@ def test_transformers_loads_it_too():
     np.testing.assert_allclose(model.forward(model.params, {"input_ids": ids}).logits, want, atol=1e-4)
 
 
-def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
+def test_a_folder_of_that_name_does_not_hide_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny-books").mkdir()
-    assert hub.find_folder("tiny-books") == Path("tiny-books")
+    assert hub.find_folder("tiny-books") == FOLDER
+    assert hub.find_folder("./tiny-books") == Path("tiny-books")
 
 
 @needs_shared

@@ -450,6 +450,12 @@ def test_dora_of_a_column_of_zeros_stays_zero(key):
     ).all()
 
 
+def test_dora_over_an_adapter_of_the_look_up_alone_is_refused(pair):
+    take = {"targets": ["embedding"], "tied_embedding": "take"}
+    with pytest.raises(ValueError, match="columns have no length; put dora first"):
+        start(pair("llama-tied"), chain(lora(2, **take), dora(2, **take)))
+
+
 def test_dora_drops_the_change_of_the_bases_output_too(key):
     """The authors' form: W x + (c - 1) W x~ + c s A B x~."""
     w, x = some_dora(key, key=jax.random.key(5), scale=1.5, dropout=0.4), jax.random.normal(key, (6, 7))

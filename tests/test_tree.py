@@ -34,7 +34,7 @@ from peftjax import (
     weight_method,
 )
 from peftjax.layout import layer_count, layer_paths
-from peftjax.methods import bitfit, build, from_spec, full, head, lora, parse, prefix, select
+from peftjax.methods import bitfit, build, fishmask, from_spec, full, head, lora, parse, prefix, select
 from peftjax.methods.base import leaf_key, mark, path_key
 from peftjax.methods.lora import LoRA
 from peftjax.methods.prefix import Prefix
@@ -1009,3 +1009,37 @@ def test_methods_of_parts_chain_and_a_whole_comes_after_its_parts(key):
         lora(1, targets=["qeury"]).init(key, params, sites)
     with pytest.raises(ValueError, match="bitfit: c_attn/bias is already a Trained"):
         chain(bitfit(["key"]), bitfit(["key"])).init(key, params, sites)
+
+
+def test_a_created_bias_has_no_parts(key):
+    params, sites = fused(key)
+    bare = {"c_attn": {"kernel": params["c_attn"]["kernel"]}}
+    with pytest.raises(ValueError, match="beside the part 'query' alone cannot be created"):
+        bitfit(["query"], create=True).init(key, bare, sites)
+    made = bitfit(["linear"], create=True).init(key, bare, sites)["c_attn"]["bias"]
+    assert np.array_equal(made.value, np.zeros(10))
+
+
+def test_layers_stack_though_one_alone_has_an_entry_of_a_part(key):
+    """FISH Mask puts nothing where nothing was chosen; halves of a partition and masks stack alike."""
+    layers = [fused(jax.random.fold_in(key, i))[0] for i in range(3)]
+    params = {f"h_{i}": layer for i, layer in enumerate(layers)}
+    sites = [Site(f"h_{i}/c_attn/kernel", "fused_qkv", i, 10, parts=FUSED) for i in range(3)]
+    m = fishmask(count=2, targets=["query"], score="random")
+    adapted = m.init(key, params, sites)
+    kinds = {type(adapted[f"h_{i}"]["c_attn"]["kernel"]).__name__ for i in range(3)}
+    assert kinds == {"Blocks", "ArrayImpl"}
+    stacked = stack_layers(adapted)
+    assert equal(unstack_layers(stacked), adapted)
+    halves = partition(stacked, m.trainable(stacked))
+    assert equal(combine(*halves), stacked)
+    assert equal(combine(*(unstack_layers(h, like=stacked) for h in halves)), adapted)
+    assert np.array_equal(merge(stacked)["h_*"]["c_attn"]["kernel"], jnp.stack([x["c_attn"]["kernel"] for x in layers]))
+
+
+def test_numpy_numbers_are_plain_in_a_spec():
+    import json
+
+    spec = lora(np.int64(4), alpha=np.float32(8), rank_pattern={"b": np.int64(2), "a": 1}).spec
+    assert json.loads(json.dumps(spec))[0][1]["alpha"] == 8
+    assert list(spec[0][1]["rank_pattern"]) == ["b", "a"]  # the first that fits counts

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from .. import masks
 from ..layout import is_stacked, layer_paths
@@ -136,7 +137,16 @@ def method(
         return checked(observe(objective, params, sites, batches))
 
     rest = {"saved": trainable, "observe": None if observe is None else looked, **rest}
-    return Method(spec=((name, arguments),), init=checked(init), trainable=trainable, **rest)
+    return Method(spec=((name, plain(arguments)),), init=checked(init), trainable=trainable, **rest)
+
+
+def plain(x: Any) -> Any:
+    """Arguments with numpy's numbers as Python's: JSON has no others, and numpy's would promote bfloat16."""
+    if isinstance(x, dict):
+        return {k: plain(v) for k, v in x.items()}
+    if isinstance(x, list):
+        return [plain(v) for v in x]
+    return x.item() if isinstance(x, np.generic) else x
 
 
 def _refuse_stacked(params: Tree) -> None:

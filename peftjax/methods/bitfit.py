@@ -43,6 +43,11 @@ def bitfit(targets: Sequence[str] | None = None, *, create: bool = False) -> Met
             _check_targets(params, sites, targets, leaves, create)
             modules = {s.module for s in weights if f"{s.module}/bias" in leaves}
         parts = [s._replace(path=f"{s.module}/bias") for s in weights if s.part]
+        if created := [s for s in parts if s.path not in leaves]:
+            raise ValueError(
+                f"bitfit: {created[0].path} does not exist, and a bias beside the part {created[0].part!r} alone "
+                "cannot be created; target the whole weight"
+            )
         linear = [s for s in weights if s.path.endswith("/kernel")]  # a bias beside an embedding would never be read
         missing = [s for s in linear if create and s.module not in modules]
         if not modules and not missing:

@@ -118,7 +118,13 @@ def dora(
     }
 
     def new(w, f: Factors):
-        length = jnp.linalg.norm(materialize(w).astype(jnp.float32), axis=-2)
+        try:
+            length = jnp.linalg.norm(materialize(w).astype(jnp.float32), axis=-2)
+        except ValueError as e:
+            raise ValueError(
+                "dora: another method adapts the look-up of a tied embedding alone, so its columns have no length; "
+                "put dora first in the chain, or give that method tied_embedding='both'"
+            ) from e
         return DoRA(w, f.a, f.b, length, scale=f.scale, dropout=dropout, only=f.only)
 
     return low_rank("dora", arguments, DoRA, new)

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from .. import masks
 from ..tree import Tree, combine, flatten, map_with_path, partition
-from ..weights import Blocks, Weight, is_node, materialize, node
+from ..weights import Blocks, Weight, data_fields, is_node, materialize, node
 from .base import Method, Site, method, path_key, replace, select
 
 NOWHERE = np.iinfo(np.int32).max  # an index beyond any array: padding, which the scatter drops
@@ -24,7 +24,7 @@ class Sparse(Weight):
     """The base with k of its entries replaced: `indices` (k,) count through the flat base, `values` (k,) train.
 
     The optimizer's state has the size of `values`. A product forms the dense array and drops it again, so the
-    gradient of the dense array exists for a moment. In the scanned layout the layers' k may differ: `align`
+    gradient of the dense array exists for a moment; it has the base's dtype, to which the values are rounded. In the scanned layout the layers' k may differ: `align`
     pads them, `trim` takes the padding off.
     """
 
@@ -156,8 +156,8 @@ def fishmask(
 
     Sung et al. 2021 (arXiv:2111.09839), section 3: the mask is fixed before training. As in the authors'
     code k is `int(fraction · all parameters) - parameters of the task head`, since the head trains whole (chain
-    `head`) and is part of the budget; any other leaf may be chosen from, embeddings and pooler too. They train
-    without weight decay; with it, the decay acts on the chosen entries alone.
+    `head`) and is part of the budget; any other leaf may be chosen from, embeddings and pooler too. The authors train
+    without weight decay; here it acts on the chosen entries, as on what other methods train.
 
     The choice needs data before `init`: `method.observed(objective, params, sites, batches)`, which
     `peftjax.run` calls with the training set. Of abstract parameters (`jax.eval_shape`) there is nothing to
@@ -273,9 +273,12 @@ def _candidates(params: Tree, sites: tuple[Site, ...], targets: Sequence[str] | 
         elif x is not None and not is_node(x):
             x = site.columns(x)
         if isinstance(x, Weight):
+            wraps = "base" in data_fields(x)
+            first = (
+                ", or put fishmask first in the chain, so that the other method wraps what it leaves" if wraps else ""
+            )
             raise ValueError(
-                f"fishmask: {site.path} is already a {type(x).__name__}; give fishmask targets without it, or put "
-                "fishmask first in the chain, so that the other method wraps what it leaves"
+                f"fishmask: {site.path} is already a {type(x).__name__}; give fishmask targets without it{first}"
             )
         if x is None or is_node(x) or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(

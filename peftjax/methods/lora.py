@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from .. import masks
 from ..tree import Tree, matches
 from ..weights import Weight, attend, dot, map_nodes, materialize, node, static, take
-from .base import Method, Site, leaf_key, method, select, wrap
+from .base import Method, Site, leaf_key, method, plain, select, wrap
 
 
 @node
@@ -151,6 +151,7 @@ def low_rank(name: str, arguments: dict, cls: type, new: Callable[[Any, Factors]
     Raises:
       ValueError: as `lora` does.
     """
+    arguments = plain(arguments)
     rank, alpha, dropout = arguments["rank"], arguments["alpha"], arguments["dropout"]
     for r in (rank, *arguments["rank_pattern"].values()):
         if not isinstance(r, int) or isinstance(r, bool) or r < 1:
