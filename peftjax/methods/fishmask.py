@@ -24,8 +24,8 @@ class Sparse(Weight):
     """The base with k of its entries replaced: `indices` (k,) count through the flat base, `values` (k,) train.
 
     The optimizer's state has the size of `values`. A product forms the dense array and drops it again, so the
-    gradient of the dense array exists for a moment; it has the base's dtype, to which the values are rounded. In the scanned layout the layers' k may differ: `align`
-    pads them, `trim` takes the padding off.
+    gradient of the dense array exists for a moment; it has the base's dtype, to which the values are rounded. In
+    the scanned layout the layers' k may differ: `align` pads them, `trim` takes the padding off.
     """
 
     base: Any
@@ -274,9 +274,7 @@ def _candidates(params: Tree, sites: tuple[Site, ...], targets: Sequence[str] | 
             x = site.columns(x)
         if isinstance(x, Weight):
             wraps = "base" in data_fields(x)
-            first = (
-                ", or put fishmask first in the chain, so that the other method wraps what it leaves" if wraps else ""
-            )
+            first = ", or put fishmask first, so that the other method wraps what it leaves" if wraps else ""
             raise ValueError(
                 f"fishmask: {site.path} is already a {type(x).__name__}; give fishmask targets without it{first}"
             )
