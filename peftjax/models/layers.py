@@ -218,6 +218,12 @@ def causal_mask(attention_mask: jax.Array) -> jax.Array:
     return attention_mask[:, None, None, :].astype(bool) & jnp.tril(jnp.ones((t, t), bool))[None, None]
 
 
+def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
+    """(batch, length, width), (batch, length) of 0 and 1 -> (batch, width) at each row's last token, no padding."""
+    last = jnp.argmax(jnp.where(mask > 0, jnp.arange(mask.shape[1]), -1), axis=1)
+    return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
 def extend_cache(cache: Cache, attention_mask: jax.Array) -> tuple[Cache, jax.Array]:
     """Makes room for new tokens; returns the cache and the mask (batch, 1, new, length) of what they see."""
     new = attention_mask.shape[1]

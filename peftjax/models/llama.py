@@ -18,6 +18,7 @@ from .layers import (
     causal_mask,
     extend_cache,
     hook,
+    last_token,
     run_blocks,
     write_cache,
 )
@@ -186,10 +187,7 @@ class Llama(nn.Module):
             else:
                 logits = Linear(c.vocab_size, False, c.initializer_range, name="lm_head")(hidden)
         elif self.head == "classification":
-            slots = jnp.arange(mask.shape[1])
-            last = jnp.argmax(jnp.where(mask > 0, slots, -1), axis=1)
-            x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-            logits = Linear(c.num_labels, False, c.initializer_range, name="score")(x)
+            logits = Linear(c.num_labels, False, c.initializer_range, name="score")(last_token(hidden, mask))
         return Output(hidden, None, None if logits is None else logits.astype(jnp.float32), cache)
 
 
