@@ -10,10 +10,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-ADJECTIVES = "Golden White Black Old Red Little Silver Green Merry Royal".split()  # noqa: SIM905 - one line, not twelve
-SIGNS = "Lion Swan Horse Bear Rose Ship Oak Crown Fox Bell Star Lamb".split()  # noqa: SIM905
-NATURES = "Apple Stone Rose Silver Raven Summer Green Moon Winter Honey".split()  # noqa: SIM905
-GROUNDS = "Hill Bay Wood Bridge Valley Lake Point Cross Meadow Water".split()  # noqa: SIM905
+# The two words of an inn's name, and of a place's.
+ADJECTIVES, SIGNS, NATURES, GROUNDS = (
+    line.split()
+    for line in (
+        "Golden White Black Old Red Little Silver Green Merry Royal",
+        "Lion Swan Horse Bear Rose Ship Oak Crown Fox Bell Star Lamb",
+        "Apple Stone Rose Silver Raven Summer Green Moon Winter Honey",
+        "Hill Bay Wood Bridge Valley Lake Point Cross Meadow Water",
+    )
+)
 EATING: dict[str, Sequence[str]] = {
     "kind": ("inn", "tavern", "tea room", "dining room", "farm house", "kitchen", "eating house"),
     "food": ("fish", "roast beef", "fruit", "fresh bread", "soup", "cakes", "cheese", "roast chicken", "eggs"),

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..weights import Weight, attend, dot, materialize, node, static, take
 from .base import Method
-from .lora import Factors, drop, low_rank, low_rank_sum
+from .lora import Factors, drop, low_rank, low_rank_arguments, low_rank_sum
 
 
 @node
@@ -106,16 +106,7 @@ def dora(
     >>> new["q"]["kernel"].magnitude.tolist()
     [2.0, 2.0]
     """
-    arguments = {
-        "rank": rank,
-        "alpha": alpha,
-        "targets": list(targets) if not isinstance(targets, str) else targets,
-        "rank_pattern": dict(rank_pattern or {}),
-        "alpha_pattern": dict(alpha_pattern or {}),
-        "rslora": rslora,
-        "dropout": dropout,
-        "tied_embedding": tied_embedding,
-    }
+    arguments = low_rank_arguments(rank, alpha, targets, rank_pattern, alpha_pattern, rslora, dropout, tied_embedding)
 
     def new(w, f: Factors):
         try:

@@ -112,7 +112,17 @@ def lora(
     >>> new["q"]["kernel"].a.shape, new["q"]["kernel"].b.shape
     ((6, 2), (2, 4))
     """
-    arguments = {
+    arguments = low_rank_arguments(rank, alpha, targets, rank_pattern, alpha_pattern, rslora, dropout, tied_embedding)
+
+    def new(w, f: Factors):
+        return LoRA(w, f.a, f.b, scale=f.scale, dropout=dropout, only=f.only)
+
+    return low_rank("lora", arguments, LoRA, new)
+
+
+def low_rank_arguments(rank, alpha, targets, rank_pattern, alpha_pattern, rslora, dropout, tied_embedding) -> dict:
+    """The arguments of `lora`, which its relatives share, as a spec holds them."""
+    return {
         "rank": rank,
         "alpha": alpha,
         "targets": list(targets) if not isinstance(targets, str) else targets,
@@ -122,11 +132,6 @@ def lora(
         "dropout": dropout,
         "tied_embedding": tied_embedding,
     }
-
-    def new(w, f: Factors):
-        return LoRA(w, f.a, f.b, scale=f.scale, dropout=dropout, only=f.only)
-
-    return low_rank("lora", arguments, LoRA, new)
 
 
 class Factors(NamedTuple):

@@ -15,8 +15,7 @@ from .layers import (
     Output,
     activation,
     attention,
-    causal_mask,
-    extend_cache,
+    causal_context,
     hook,
     last_token,
     run_blocks,
@@ -115,12 +114,7 @@ class Base(nn.Module):
             after = f" after {shift} virtual ones" if shift else ""
             raise ValueError(f"{length} tokens{after} are more than the {c.n_positions} positions of this model")
         positions = positions + shift
-        if cache is None:
-            context = Context(causal_mask(attention_mask), positions, None, deterministic)
-        else:
-            index = cache.index
-            cache, mask = extend_cache(cache, attention_mask)
-            context = Context(mask, positions, index, deterministic)
+        context, cache = causal_context(attention_mask, positions, cache, deterministic)
         x = self.wte(input_ids, context) + self.wpe(positions)
         x = nn.Dropout(c.embd_pdrop)(x, deterministic=deterministic)
 

@@ -233,6 +233,16 @@ def extend_cache(cache: Cache, attention_mask: jax.Array) -> tuple[Cache, jax.Ar
     return cache._replace(valid=valid, index=cache.index + new), mask
 
 
+def causal_context(
+    attention_mask: jax.Array, positions: jax.Array, cache: Cache | None, deterministic: bool
+) -> tuple[Context, Cache | None]:
+    """A decoder's context for new tokens, (batch, length) of 0 and 1, and the cache with room for them, if any."""
+    if cache is None:
+        return Context(causal_mask(attention_mask), positions, None, deterministic), None
+    extended, mask = extend_cache(cache, attention_mask)
+    return Context(mask, positions, cache.index, deterministic), extended
+
+
 def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> tuple:
     """Writes new keys and values into a layer's buffers from slot `index` on."""
     return tuple(

@@ -15,8 +15,7 @@ from .layers import (
     RMSNorm,
     activation,
     attention,
-    causal_mask,
-    extend_cache,
+    causal_context,
     hook,
     last_token,
     run_blocks,
@@ -113,12 +112,7 @@ class Base(nn.Module):
     def __call__(self, input_ids, attention_mask, positions, cache, deterministic):
         c = self.config
         positions = hook(self, "shift", positions, x=input_ids, context=None)
-        if cache is None:
-            context = Context(causal_mask(attention_mask), positions, None, deterministic)
-        else:
-            index = cache.index
-            cache, mask = extend_cache(cache, attention_mask)
-            context = Context(mask, positions, index, deterministic)
+        context, cache = causal_context(attention_mask, positions, cache, deterministic)
         x = self.embed_tokens(input_ids, context)
         angles = rope_angles(c.rope_parameters, c.head_dim, c.max_position_embeddings, positions)
 
