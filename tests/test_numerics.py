@@ -6,6 +6,7 @@ Base models are tiny and random with non-zero biases; adapters are random, non-z
 import copy
 import dataclasses
 import functools
+import inspect
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -700,7 +701,17 @@ def mlp_links(theirs) -> dict[str, Link]:
 def with_prefix(pair: Pair, n: int, **config):
     task = "SEQ_CLS" if pair.ours.family.name == "bert" else "CAUSAL_LM"
     config = peft.PrefixTuningConfig(task_type=task, num_virtual_tokens=n, **config)
-    return peft.get_peft_model(copy.deepcopy(pair.theirs), config).eval()
+    theirs = peft.get_peft_model(copy.deepcopy(pair.theirs), config).eval()
+    if task == "SEQ_CLS":
+        _by_its_old_name(theirs.base_model.bert)
+    return theirs
+
+
+def _by_its_old_name(module) -> None:
+    """transformers 5.24 calls `past_key_values` `cache`; peft 0.21 looks for the old name in BERT's signature."""
+    forward = module.forward
+    if "past_key_values" not in inspect.signature(forward).parameters:
+        module.forward = lambda *args, past_key_values=None, **kw: forward(*args, cache=past_key_values, **kw)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "llama-no-bias", "llama-tied", "gpt2"])
