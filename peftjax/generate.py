@@ -12,7 +12,7 @@ from .tree import Tree
 
 
 def empty_cache(model: Model, params: Tree, batch: int, length: int) -> Cache:
-    """Buffers for `length` tokens, per-layer or stacked as the parameters are.
+    """Buffers for `length` tokens and the virtual ones of a prompt, per-layer or stacked as the parameters are.
 
     Raises:
       ValueError: the model is an encoder.
@@ -20,6 +20,8 @@ def empty_cache(model: Model, params: Tree, batch: int, length: int) -> Cache:
     if model.family.cache_shape is None:
         raise ValueError(f"{model.family.name} is an encoder and cannot generate")
     layers, heads, size = model.family.cache_shape(model.config)
+    prompt = params[model.family.base].get("prompt")
+    length += 0 if prompt is None else prompt.n
     shape = (batch, length, heads, size)
 
     def pair(shape):
@@ -47,9 +49,9 @@ def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
 
-    def step(params, tokens, mask, positions, cache):
+    def step(params, tokens, mask, positions, cache, continued):
         batch = {"input_ids": tokens, "attention_mask": mask, "positions": positions}
-        out = model.forward(params, batch, cache=cache, last_only=True)
+        out = model.forward(params, batch, cache=cache, last_only=True, continued=continued)
         assert out.logits is not None  # a head 'causal-lm' is asked for below
         return jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32), out.cache
 
@@ -58,7 +60,7 @@ def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 
         rows, length = input_ids.shape
         cache = empty_cache(model, params, rows, length + max_new_tokens)
         positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-        token, cache = step(params, input_ids, attention_mask, positions, cache)
+        token, cache = step(params, input_ids, attention_mask, positions, cache, continued=False)
         written = jnp.full((rows, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(token)
         ended = token == eos_id if eos_id is not None else jnp.zeros(rows, bool)
 
@@ -69,7 +71,7 @@ def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 
         def body(carry: Any):
             i, token, ended, written, cache, position = carry
             ones = jnp.ones((rows, 1), jnp.int32)
-            new, cache = step(params, token[:, None], ones, position[:, None], cache)
+            new, cache = step(params, token[:, None], ones, position[:, None], cache, continued=True)
             new = jnp.where(ended, pad_id, new)
             written = jax.lax.dynamic_update_slice(written, new[:, None], (0, i))
             ended = ended if eos_id is None else ended | (new == eos_id)

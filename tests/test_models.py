@@ -719,7 +719,7 @@ def test_sites_name_the_tree(family):
     model = bf16_model(family, jnp.float32)
     leaves = flatten(model.params)
     for site in model.sites:
-        if site.kind in ("attention", "mlp", "block", "positions"):
+        if site.kind in ("attention", "mlp", "block", "positions", "input"):
             assert any(p.startswith(site.path + "/") for p in leaves), site
         else:
             assert leaves[site.path].shape[-1] == site.width, site

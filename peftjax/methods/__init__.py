@@ -6,6 +6,9 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from .adapter import adapter as adapter
+from .adapter import parallel_adapter as parallel_adapter
+from .adapter import pfeiffer as pfeiffer
 from .base import Method as Method
 from .base import Site as Site
 from .base import chain as chain
@@ -13,13 +16,21 @@ from .base import method as method
 from .base import select as select
 from .base import weight_method as weight_method
 from .bitfit import bitfit as bitfit
+from .child_tuning import child_tuning as child_tuning
 from .dora import dora as dora
 from .fishmask import fisher as fisher
 from .fishmask import fishmask as fishmask
 from .full import full as full
 from .head import head as head
+from .ia3 import ia3 as ia3
 from .lora import lora as lora
+from .mam import mam as mam
+from .norm_tuning import norm_tuning as norm_tuning
+from .p_tuning import p_tuning as p_tuning
 from .prefix import prefix as prefix
+from .prompt import prompt as prompt
+from .prompt import with_text_ids as with_text_ids
+from .trainable_tokens import trainable_tokens as trainable_tokens
 
 
 class Row(NamedTuple):
@@ -63,6 +74,19 @@ TABLE: dict[str, Row] = {
     "lora": Row(lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, "arXiv:2106.09685"),
     "dora": Row(dora, "low-rank", "r (inputs + outputs) + outputs a matrix", "weights", True, 5e-4, "arXiv:2402.09353"),
     "prefix": Row(prefix, "additive", "2 n L k", "attention", False, 1e-2, "arXiv:2101.00190"),
+    "prompt": Row(prompt, "additive", "n d", "input", False, 0.3, "arXiv:2104.08691"),
+    "p_tuning": Row(p_tuning, "additive", "n d and a network, dropped", "input", False, 1e-2, "arXiv:2103.10385"),
+    "adapter": Row(adapter, "additive", "2 (2 d m + d + m) L", "attention and MLP", False, 1e-3, "arXiv:1902.00751"),
+    "pfeiffer": Row(pfeiffer, "additive", "(2 d m + d + m) L", "MLP", False, 1e-3, "arXiv:2005.00247"),
+    "parallel_adapter": Row(parallel_adapter, "additive", "(2 d m + d + m) L", "MLP", False, 1e-3, "arXiv:2110.04366"),
+    "mam": Row(mam, "additive", "2 n L k + (2 d m + d + m) L", "attention and MLP", False, 1e-3, "arXiv:2110.04366"),
+    # the paper's 3e-3 on T0-3B, 2048 wide
+    "ia3": Row(ia3, "additive", "(2 k + ff) L", "keys, values, MLP", True, 8e-3, "arXiv:2205.05638"),
+    "norm_tuning": Row(norm_tuning, "selective", "all norms", "norms", True, 3e-3, "arXiv:2312.11420"),
+    "trainable_tokens": Row(trainable_tokens, "selective", "d a token", "embedding", True, 1e-3, "-"),
+    "child_tuning": Row(
+        child_tuning, "selective", "all, a drawn share a step", "everywhere", True, 5e-5, "arXiv:2109.05687"
+    ),
 }
 METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}
 

@@ -36,10 +36,10 @@ class Site(NamedTuple):
     """A place of a model where methods may act. A family publishes one row for each.
 
     Attributes:
-      path: of the weight, or of the module for the kinds 'attention', 'block' and 'positions'.
+      path: of the weight, or of the module for the kinds 'attention', 'block', 'positions' and 'input'.
       kind: 'query', 'key', 'value', 'fused_qkv', 'attention_out', 'mlp_in', 'mlp_out', 'embedding',
         'embedding_other' (types, learned positions), 'head' (of a task), 'lm_head', 'norm', 'attention', 'block',
-        'positions', 'pooler'.
+        'positions' (where they are counted), 'input' (where the text is embedded), 'pooler'.
       layer: index of the layer, or None outside the stack.
       width: features of the site's output.
       heads: (query heads, key/value heads, head size) at attention sites.
@@ -336,9 +336,9 @@ def leaf_key(key: jax.Array, path: str, layers: int | None) -> jax.Array:
 
 
 def virtual_tokens(params: Tree) -> int:
-    """How many positions the methods in the tree take before the text: the sum over the `shift` hooks."""
+    """How many positions the methods in the tree take before the text: the sum over `shift` and `prompt` hooks."""
     nodes = flatten(params, is_leaf=is_node)
-    return sum(node.n for path, node in nodes.items() if path.endswith("/shift"))
+    return sum(node.n for path, node in nodes.items() if path.endswith(("/shift", "/prompt")))
 
 
 def weight_method(name: str, arguments: dict, targets: Iterable[str], cls: type, new: Callable, **rest) -> Method:

@@ -213,28 +213,28 @@ def fishmask(
     def init(key, params, sites):
         candidates, k = choices(params, sites)
         if any(isinstance(c.array, Tracer) for c in candidates.values()):
-            return _spread(params, candidates, k)
+            return spread(params, candidates, k)
         if score == "fisher":
             raise ValueError(
                 "fishmask needs data before init: write method = method.observed(objective, params, sites, batches) "
                 "first, or choose with score='random'"
             )
         bits = {p: np.asarray(jax.random.bits(path_key(key, p), c.array.shape)) for p, c in candidates.items()}
-        return _put(params, candidates, _largest(bits, k))
+        return put_sparse(params, candidates, largest(bits, k))
 
     def observe(objective, params, sites, batches):
         candidates, k = choices(params, sites)
         paths = {c.site.path for c in candidates.values()}
         scores = fisher(objective, params, batches, samples, lambda tree: map_with_path(lambda p, _: p in paths, tree))
         whole = {p: np.asarray(x) for p, x in flatten(scores).items()}
-        chosen = _largest({p: c.site.columns(whole[c.site.path]) for p, c in candidates.items()}, k)
+        chosen = largest({p: c.site.columns(whole[c.site.path]) for p, c in candidates.items()}, k)
         shapes = {p: candidates[p].array.shape for p in chosen}
 
         def init(key, params, sites):
             there = _candidates(params, tuple(sites), targets)
             if other := [p for p in chosen if p not in there or there[p].array.shape != shapes[p]]:
                 raise ValueError(f"fishmask: {other[0]} is not what it was when the method observed; observe again")
-            return _put(params, there, chosen)
+            return put_sparse(params, there, chosen)
 
         return init
 
@@ -304,7 +304,7 @@ def _budget(params: Tree, sites: Iterable[Site], fraction: float) -> int:
     return k
 
 
-def _largest(scores: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
+def largest(scores: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
     """The flat indices of the k largest entries over all leaves, ascending; of equal ones, the first.
 
     A pool of the scores is all the memory this takes: no index of all entries is ever sorted.
@@ -324,7 +324,7 @@ def _largest(scores: Mapping[str, np.ndarray], k: int) -> dict[str, np.ndarray]:
     return chosen
 
 
-def _put(params: Tree, candidates: Mapping[str, Candidate], chosen: Mapping[str, np.ndarray]) -> Tree:
+def put_sparse(params: Tree, candidates: Mapping[str, Candidate], chosen: Mapping[str, np.ndarray]) -> Tree:
     """Puts a node at every leaf, or part of one, with a chosen entry; its values start as the base's."""
 
     def new(path, w):
@@ -336,7 +336,7 @@ def _put(params: Tree, candidates: Mapping[str, Candidate], chosen: Mapping[str,
     return replace(params, {p: (candidates[p].site, new(p, candidates[p].array)) for p in chosen}.values())
 
 
-def _spread(params: Tree, candidates: Mapping[str, Candidate], k: int) -> Tree:
+def spread(params: Tree, candidates: Mapping[str, Candidate], k: int) -> Tree:
     """k entries in proportion to the sizes, by largest remainders. For shapes only: the values are NaN."""
     sizes = {p: math.prod(c.array.shape) for p, c in candidates.items()}
     total = sum(sizes.values())

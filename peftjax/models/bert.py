@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from ..methods.base import Site
 from .base import Family
-from .layers import Context, Embed, LayerNorm, Linear, Output, activation, attention, hook, run_blocks
+from .layers import Context, Embed, LayerNorm, Linear, Output, activation, attention, begin, hook, run_blocks
 
 
 class Config(NamedTuple):
@@ -34,17 +34,19 @@ class Embeddings(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, input_ids, type_ids, positions, context):
+    def __call__(self, input_ids, type_ids, before, deterministic):
+        """`before`: word embeddings -> (the same with virtual tokens of type 0 before them, positions)."""
         c = self.config
 
         def table(rows, name):
             return Embed(rows, c.hidden_size, self.dtype, c.initializer_range, name=name)
 
-        x = table(c.vocab_size, "word_embeddings")(input_ids, context)
+        x, positions = before(table(c.vocab_size, "word_embeddings")(input_ids))
+        type_ids = jnp.pad(type_ids, ((0, 0), (x.shape[1] - type_ids.shape[1], 0)))
         x = x + table(c.type_vocab_size, "token_type_embeddings")(type_ids)
         x = x + table(c.max_position_embeddings, "position_embeddings")(positions)
         x = LayerNorm(c.layer_norm_eps, name="LayerNorm")(x)
-        return nn.Dropout(c.hidden_dropout_prob)(x, deterministic=context.deterministic)
+        return nn.Dropout(c.hidden_dropout_prob)(x, deterministic=deterministic)
 
 
 class SelfAttention(nn.Module):
@@ -106,7 +108,8 @@ class Layer(nn.Module):
 
         x = Attention(self.config, name="attention")(x, context, after("attention_output", x))
         y = Intermediate(self.config, name="intermediate")(x, context)
-        return Projection(self.config, name="output")(y, x, context, after("mlp_output", x)), cache
+        y = Projection(self.config, name="output")(y, x, context, after("mlp_output", x))
+        return after("after_mlp", x)(y), cache
 
 
 class Encoder(nn.Module):
@@ -143,16 +146,23 @@ class Base(nn.Module):
     @nn.compact
     def __call__(self, input_ids, attention_mask, type_ids, positions, deterministic):
         c = self.config
-        shift, length = hook(self, "shift", 0, x=input_ids, context=None), input_ids.shape[1]
-        if length + shift > c.max_position_embeddings:
-            raise ValueError(
-                f"{length} tokens after {shift} virtual ones are more than the {c.max_position_embeddings} "
-                "positions of this model"
-            )
-        positions = positions + shift
-        context = Context(attention_mask[:, None, None, :].astype(bool), positions, deterministic=deterministic)
-        x = Embeddings(c, self.dtype, name="embeddings")(input_ids, type_ids, positions, context)
-        x = Encoder(c, self.remat, name="encoder")(x, context)
+        shift = hook(self, "shift", 0, x=input_ids, context=None)
+        mask, n = attention_mask, 0
+
+        def before(x):
+            nonlocal mask, positions, n
+            x, mask, positions, n = begin(self, x, mask, positions)
+            if x.shape[1] + shift > c.max_position_embeddings:
+                raise ValueError(
+                    f"{input_ids.shape[1]} tokens after {n + shift} virtual ones are more than the "
+                    f"{c.max_position_embeddings} positions of this model"
+                )
+            positions = positions + shift
+            return x, positions
+
+        x = Embeddings(c, self.dtype, name="embeddings")(input_ids, type_ids, before, deterministic)
+        context = Context(mask[:, None, None, :].astype(bool), positions, deterministic=deterministic)
+        x = Encoder(c, self.remat, name="encoder")(x, context)[:, n:]
         return x, Pooler(c, name="pooler")(x)
 
 
@@ -179,7 +189,6 @@ class Bert(nn.Module):
             raise ValueError(f"{length} tokens are more than the {c.max_position_embeddings} positions of this model")
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         types = jnp.zeros_like(input_ids) if type_ids is None else type_ids
-        positions = jnp.arange(length)[None] if positions is None else positions
         base = Base(c, self.dtype, self.remat, name="bert")
         hidden, pooled = base(input_ids, mask, types, positions, deterministic)
         if self.head == "none":
@@ -196,6 +205,7 @@ def sites(c: Config, head: str) -> tuple[Site, ...]:
     heads = (c.num_attention_heads, c.num_attention_heads, d // c.num_attention_heads)
     rows = [
         Site("bert", "positions", width=d),
+        Site("bert", "input", width=d),
         Site("bert/embeddings/word_embeddings/embedding", "embedding", width=d),
         Site("bert/embeddings/token_type_embeddings/embedding", "embedding_other", width=d),
         Site("bert/embeddings/position_embeddings/embedding", "embedding_other", width=d),

@@ -15,6 +15,7 @@ from .layers import (
     Output,
     activation,
     attention,
+    begin,
     causal_context,
     hook,
     last_token,
@@ -90,7 +91,9 @@ class Layer(nn.Module):
         x = x + hook(self, "attention_output", y, x=h, context=context)
         h = LayerNorm(c.layer_norm_epsilon, name="ln_2")(x)
         y = MLP(c, name="mlp")(h, context)
-        return x + hook(self, "mlp_output", y, x=h, context=context), cache
+        for name in ("mlp_output", "after_mlp"):
+            y = hook(self, name, y, x=h, context=context)
+        return x + y, cache
 
 
 class Base(nn.Module):
@@ -106,16 +109,18 @@ class Base(nn.Module):
         self.wpe = Embed(c.n_positions, c.n_embd, self.dtype, c.initializer_range)
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, positions, cache, deterministic):
+    def __call__(self, input_ids, attention_mask, positions, cache, deterministic, continued):
         c = self.config
+        x = self.wte(input_ids)
+        x, attention_mask, positions, n = begin(self, x, attention_mask, positions, cache, continued=continued)
         shift = hook(self, "shift", 0, x=input_ids, context=None)
-        length = input_ids.shape[1] if cache is None else cache.valid.shape[1]
+        length = x.shape[1] if cache is None else cache.valid.shape[1]
         if length + shift > c.n_positions:
-            after = f" after {shift} virtual ones" if shift else ""
-            raise ValueError(f"{length} tokens{after} are more than the {c.n_positions} positions of this model")
+            after = f" after {n + shift} virtual ones" if n + shift else ""
+            raise ValueError(f"{length - n} tokens{after} are more than the {c.n_positions} positions of this model")
         positions = positions + shift
         context, cache = causal_context(attention_mask, positions, cache, deterministic)
-        x = self.wte(input_ids, context) + self.wpe(positions)
+        x = x + self.wpe(positions)
         x = nn.Dropout(c.embd_pdrop)(x, deterministic=deterministic)
 
         def block(name):
@@ -124,7 +129,7 @@ class Base(nn.Module):
         shares = 1 / jnp.arange(1, c.n_layer + 1, dtype=jnp.float32)
         layers = None if cache is None else cache.layers
         x, layers = run_blocks(self, block, "h", c.n_layer, x, context, layers, each=(shares,), remat=self.remat)
-        x = LayerNorm(c.layer_norm_epsilon, name="ln_f")(x)
+        x = LayerNorm(c.layer_norm_epsilon, name="ln_f")(x[:, n:])
         return x, None if cache is None else cache._replace(layers=layers)
 
     def attend(self, x):
@@ -156,6 +161,7 @@ class GPT2(nn.Module):
         cache=None,
         deterministic=True,
         last_only=False,
+        continued=False,
     ):
         """Token ids (batch, length) -> `Output`.
 
@@ -165,6 +171,7 @@ class GPT2(nn.Module):
           positions: (batch, length); default: counted from 0, or from the cache's end.
           cache: keys and values of the tokens before these.
           last_only: a language model's logits of the last position only, (batch, 1, vocabulary).
+          continued: the tokens continue a text whose beginning, virtual tokens included, is in the cache.
 
         Raises:
           ValueError: more tokens, virtual ones included, than positions.
@@ -173,10 +180,8 @@ class GPT2(nn.Module):
             raise ValueError("GPT-2 has no token types; leave type_ids out")
         c = self.config
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-        if positions is None:
-            positions = jnp.arange(input_ids.shape[1])[None] + (0 if cache is None else cache.index)
         base = Base(c, self.dtype, self.remat, name="transformer")
-        hidden, cache = base(input_ids, mask, positions, cache, deterministic)
+        hidden, cache = base(input_ids, mask, positions, cache, deterministic, continued)
         logits = None
         if self.head == "causal-lm":
             hidden = hidden[:, -1:] if last_only else hidden
@@ -197,6 +202,7 @@ def sites(c: Config, head: str) -> tuple[Site, ...]:
     tied = head == "causal-lm" and c.tie_word_embeddings
     rows = [
         Site("transformer", "positions", width=d),
+        Site("transformer", "input", width=d),
         Site("transformer/wte/embedding", "embedding", width=d, tied=tied),
         Site("transformer/wpe/embedding", "embedding_other", width=d),
     ]

@@ -8,8 +8,10 @@ is added if there is one, a hook runs if and only if its node is there. Hook poi
 | Linear | `input` | y = x = the input |
 | Linear | `output` | y = the output with bias, x = the input |
 | block | `attention_output`, `mlp_output` | y = the sub-layer's output before the sum, x = its input |
+| block | `after_mlp` | the same, after `mlp_output`; in a post-norm block y = the block's output, after sum and norm |
 | attention | `prefix` | y = (keys, values), x = the module's input |
 | model | `shift` | y = positions, x = token ids |
+| model | `prompt` | y = (embedded text, mask, positions), x = None; see `begin` |
 | Embed | `output` | y = the looked-up rows, x = ids |
 """
 
@@ -241,6 +243,37 @@ def causal_context(
         return Context(causal_mask(attention_mask), positions, None, deterministic), None
     extended, mask = extend_cache(cache, attention_mask)
     return Context(mask, positions, cache.index, deterministic), extended
+
+
+def begin(
+    module: nn.Module,
+    x: jax.Array,
+    mask: jax.Array,
+    positions: jax.Array | None,
+    cache: Cache | None = None,
+    *,
+    continued: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    """Puts the n virtual tokens of the `prompt` hook, if there is one, before the embedded text.
+
+    Padding on the left stands between the two. What continues a text in the cache gets no virtual tokens again.
+
+    Args:
+      x: (batch, length, width) of the text.
+      mask: (batch, length) of 0 and 1.
+      positions: (batch or 1, length) of the text alone; default: counted from 0, or from the cache's end.
+
+    Returns:
+      x, mask and positions with what was put before them, and how many columns that are.
+    """
+    prompt = optional(module, "prompt")
+    n = 0 if prompt is None else prompt.n
+    if positions is None:
+        positions = jnp.arange(x.shape[1])[None] + (0 if cache is None else cache.index - n * continued)
+    positions = positions + n
+    if prompt is None or continued:
+        return x, mask, positions, 0
+    return *prompt((x, mask, positions), x=None, context=None), n
 
 
 def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> tuple:

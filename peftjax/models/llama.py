@@ -15,6 +15,7 @@ from .layers import (
     RMSNorm,
     activation,
     attention,
+    begin,
     causal_context,
     hook,
     last_token,
@@ -94,7 +95,9 @@ class Layer(nn.Module):
         x = x + hook(self, "attention_output", y, x=h, context=context)
         h = RMSNorm(c.rms_norm_eps, name="post_attention_layernorm")(x)
         y = MLP(c, name="mlp")(h, context)
-        return x + hook(self, "mlp_output", y, x=h, context=context), cache
+        for name in ("mlp_output", "after_mlp"):
+            y = hook(self, name, y, x=h, context=context)
+        return x + y, cache
 
 
 class Base(nn.Module):
@@ -109,11 +112,12 @@ class Base(nn.Module):
         self.embed_tokens = Embed(c.vocab_size, c.hidden_size, self.dtype, c.initializer_range)
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, positions, cache, deterministic):
+    def __call__(self, input_ids, attention_mask, positions, cache, deterministic, continued):
         c = self.config
+        x = self.embed_tokens(input_ids)
+        x, attention_mask, positions, n = begin(self, x, attention_mask, positions, cache, continued=continued)
         positions = hook(self, "shift", positions, x=input_ids, context=None)
         context, cache = causal_context(attention_mask, positions, cache, deterministic)
-        x = self.embed_tokens(input_ids, context)
         angles = rope_angles(c.rope_parameters, c.head_dim, c.max_position_embeddings, positions)
 
         def block(name):
@@ -123,7 +127,7 @@ class Base(nn.Module):
         x, layers = run_blocks(
             self, block, "layers", c.num_hidden_layers, x, context, layers, *angles, remat=self.remat
         )
-        x = RMSNorm(c.rms_norm_eps, name="norm")(x)
+        x = RMSNorm(c.rms_norm_eps, name="norm")(x[:, n:])
         return x, None if cache is None else cache._replace(layers=layers)
 
     def attend(self, x):
@@ -155,6 +159,7 @@ class Llama(nn.Module):
         cache=None,
         deterministic=True,
         last_only=False,
+        continued=False,
     ):
         """Token ids (batch, length) -> `Output`.
 
@@ -164,15 +169,14 @@ class Llama(nn.Module):
           positions: (batch, length); default: counted from 0, or from the cache's end.
           cache: keys and values of the tokens before these.
           last_only: a language model's logits of the last position only, (batch, 1, vocabulary).
+          continued: the tokens continue a text whose beginning, virtual tokens included, is in the cache.
         """
         if type_ids is not None:
             raise ValueError("Llama has no token types; leave type_ids out")
         c = self.config
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-        if positions is None:
-            positions = jnp.arange(input_ids.shape[1])[None] + (0 if cache is None else cache.index)
         base = Base(c, self.dtype, self.remat, name="model")
-        hidden, cache = base(input_ids, mask, positions, cache, deterministic)
+        hidden, cache = base(input_ids, mask, positions, cache, deterministic, continued)
         logits = None
         if self.head == "causal-lm":
             hidden = hidden[:, -1:] if last_only else hidden
@@ -192,6 +196,7 @@ def sites(c: Config, head: str) -> tuple[Site, ...]:
     tied = head == "causal-lm" and c.tie_word_embeddings
     rows = [
         Site("model", "positions", width=d),
+        Site("model", "input", width=d),
         Site("model/embed_tokens/embedding", "embedding", width=d, tied=tied),
     ]
     for i in range(c.num_hidden_layers):

@@ -1,0 +1,126 @@
+"""Trainable tokens: chosen rows of the embedding train, and nothing else."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .. import masks
+from ..tree import get
+from ..weights import Weight, attend, materialize, node, static, take
+from .base import Method, method, select, wrap
+
+
+@node
+class Tokens(Weight):
+    """An embedding with some of its rows replaced; the optimizer's state has the size of `rows`.
+
+    Attributes:
+      ids: (k,) in ascending order.
+      rows: (k, width), which train.
+      only: 'take' where the table is tied to the head and only the look-up is adapted.
+    """
+
+    base: Any
+    ids: jax.Array
+    rows: jax.Array
+    only: str | None = static(default=None)
+    trains = ("rows",)
+    repeats = ("ids", "rows")
+
+    def materialize(self):
+        if self.only:
+            raise ValueError(
+                "these Tokens act on the look-up of a tied embedding only, so no single table stands for them; "
+                "train with tied_embedding='both' to merge"
+            )
+        w = materialize(self.base)
+        return w.at[self.ids].set(self.rows.astype(w.dtype))
+
+    def take(self, ids):
+        slot = jnp.minimum(jnp.searchsorted(self.ids, ids), len(self.ids) - 1)
+        old = take(self.base, ids)
+        return jnp.where((self.ids[slot] == ids)[..., None], self.rows[slot].astype(old.dtype), old)
+
+    def attend(self, x):
+        y = attend(self.base, x)
+        return y if self.only == "take" else y.at[..., self.ids].set(attend(self.rows, x))
+
+
+def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied_embedding: str = "both") -> Method:
+    """Trains the embeddings of a few tokens, say new ones; other rows, and their moments, do not exist for it.
+
+    The rows start as they are. As in Hugging Face PEFT's method of this name; there is no paper.
+
+    Args:
+      ids: of the tokens; default: the `count` most frequent ones of the training batches (`method.observed`).
+      count: without `ids`, how many; fewer if the batches have fewer.
+      tied_embedding: where the table is also the head, 'both' changes the look-up and the logits, 'take' the look-up
+        alone (such an adapter cannot be merged).
+
+    Raises:
+      ValueError: no ids, one twice, or one below 0; or, from `init`, one beyond the table, or unobserved batches.
+
+    The count is `ids · d`.
+
+    >>> from peftjax import Site
+    >>> params = {"wte": {"embedding": jnp.arange(8.0).reshape(4, 2)}}
+    >>> sites = [Site("wte/embedding", "embedding", width=2)]
+    >>> new = trainable_tokens([3, 1]).init(jax.random.key(0), params, sites)
+    >>> new["wte"]["embedding"].rows.tolist()
+    [[2.0, 3.0], [6.0, 7.0]]
+    """
+    arguments = {
+        "ids": None if ids is None else [int(i) for i in ids],
+        "count": count,
+        "tied_embedding": tied_embedding,
+    }
+    if ids is not None and (not len(ids) or len({*ids}) < len(ids) or min(ids) < 0):
+        raise ValueError(f"trainable_tokens: ids must be different numbers of at least 0; got {list(ids)[:10]}")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"trainable_tokens: count must be a whole number of at least 1; got {count!r}")
+    if tied_embedding not in ("both", "take"):
+        raise ValueError(f"trainable_tokens: tied_embedding must be 'both' or 'take'; got {tied_embedding!r}")
+
+    def put(chosen, key, params, sites):
+        def new(key, w, site):
+            if chosen[-1] >= w.shape[0]:
+                raise ValueError(f"trainable_tokens: there is no token {chosen[-1]}; {site.path} has {w.shape[0]} rows")
+            only = "take" if site.tied and tied_embedding == "take" else None
+            at = jnp.asarray(chosen, jnp.int32)
+            return Tokens(w, at, take(w, at), only)
+
+        return wrap(key, params, select(params, sites, ["embedding"]), new)
+
+    def init(key, params, sites):
+        if ids is not None:
+            return put(sorted(int(i) for i in ids), key, params, sites)
+        table = get(params, select(params, sites, ["embedding"])[0].path)
+        if any(isinstance(x, Tracer) for x in jax.tree.leaves(table)):  # for shapes only, any ids will do
+            return put(range(min(count, table.shape[0])), key, params, sites)
+        raise ValueError(
+            "trainable_tokens needs ids, or data before init: method.observed(objective, params, sites, batches)"
+        )
+
+    def observe(objective, params, sites, batches):
+        seen: Counter = Counter()
+        for batch in batches:
+            there = np.asarray(batch["input_ids"])[np.asarray(batch["attention_mask"]) > 0]
+            seen.update(dict(zip(*(x.tolist() for x in np.unique(there, return_counts=True)), strict=True)))
+        if not seen:
+            raise ValueError("trainable_tokens: the batches hold no token to choose from")
+        chosen = sorted(i for i, _ in sorted(seen.items(), key=lambda x: (-x[1], x[0]))[:count])
+        return lambda key, params, sites: put(chosen, key, params, sites)
+
+    return method(
+        "trainable_tokens",
+        arguments,
+        init,
+        trainable=masks.by_node(Tokens),
+        saved=masks.by_node(Tokens, "ids", "rows"),
+        observe=observe if ids is None else None,
+    )
