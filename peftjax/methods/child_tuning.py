@@ -56,19 +56,25 @@ def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Met
         )
 
     def init(key, params, sites):
-        there, k = _in_blocks(params, tuple(sites), p)
+        sites = tuple(sites)
+        there, k = _in_blocks(params, sites, p)
         if not any(isinstance(c.array, Tracer) for c in there.values()):
             raise ValueError(
                 "child_tuning needs data before init: method.observed(objective, params, sites, batches); "
                 "or write mode='F'"
             )
-        return _rest(spread(params, there, k))
+        return _rest(spread(params, there, k), sites)
 
     def observe(objective, params, sites, batches):
         there, k = _in_blocks(params, tuple(sites), p)
         scores = fisher(objective, params, batches, samples, lambda tree: map_with_path(lambda x, _: x in there, tree))
         chosen = largest({path: np.asarray(x) for path, x in flatten(scores).items()}, k)
-        return lambda key, params, sites: _rest(put_sparse(params, _in_blocks(params, tuple(sites), p)[0], chosen))
+
+        def init(key, params, sites):
+            sites = tuple(sites)
+            return _rest(put_sparse(params, _in_blocks(params, sites, p)[0], chosen), sites)
+
+        return init
 
     return method(
         "child_tuning",
@@ -94,12 +100,11 @@ def _in_blocks(params, sites: tuple[Site, ...], p: float):
     return there, max(1, int(p * sum(math.prod(c.array.shape) for c in there.values())))
 
 
-def _rest(params):
-    """Marks all that is no node yet: embeddings, pooler, head."""
+def _rest(params, sites: tuple[Site, ...]):
+    """Marks all outside the blocks: embeddings, pooler, head."""
+    blocks = tuple(f"{s.path}/" for s in sites if s.kind == "block")
     leaves = flatten(params, is_leaf=is_node)
-    return mark(
-        "child_tuning", params, [path for path, x in leaves.items() if not isinstance(x, Weight) and not is_node(x)]
-    )
+    return mark("child_tuning", params, [x for x, w in leaves.items() if not x.startswith(blocks) and not is_node(w)])
 
 
 def drawn_gradients(tx: optax.GradientTransformation, p: float) -> optax.GradientTransformationExtraArgs:
