@@ -86,8 +86,8 @@ class Compare:
     """Trains several methods on one model and task and prints the table.
 
     Attributes:
-      methods: separated by commas; `+` chains, arguments as in Python: "head,lora(rank=4),prefix+bitfit"; default:
-        every method there is.
+      methods: separated by commas; `+` chains, arguments as in Python: "head,lora(rank=4),prefix+bitfit"; "all";
+        default: a selection of every kind.
       seeds: number of seeds, counted from 0.
       lr: learning rate for all, or by method: "full=1e-4,lora=1e-3"; default: each method's own.
       out: where results, report, plots and adapters go; default: runs/MODEL-TASK.
@@ -215,13 +215,13 @@ def merge(args: Merge) -> None:
 
 
 def methods(args: Methods) -> None:
-    from .methods import TABLE
+    from .methods import HEADER, TABLE, cells
 
     table = Table(title="Methods")
-    for column in ("name", "kind", "trains", "acts on", "merges", "paper"):
+    for column in HEADER:
         table.add_column(column)
-    for name, row in TABLE.items():
-        table.add_row(name, row.kind, row.trains, row.acts, "yes" if row.merges else "no", row.paper)
+    for name in TABLE:
+        table.add_row(*cells(name))
     console.print(table)
 
 

@@ -27,7 +27,7 @@ from .run import (
     check_writable,
     configuration,
     entries,
-    every_method,
+    named,
     names_of,
     rate_of,
     run,
@@ -56,7 +56,7 @@ def compare(
     """Trains every method with every seed and writes the report; what is there already is not trained again.
 
     Args:
-      methods: as on the command line (`peftjax.methods.parse`); None: all that there are.
+      methods: as on the command line (`peftjax.methods.parse`); 'all'; None: a selection of every kind.
       seeds: how many, counted from 0; a seed fixes the data order, the methods' start, dropout and the head.
       rates: method name -> learning rate; '' stands for all others.
       options: for `peftjax.problem.prepare`.
@@ -65,7 +65,7 @@ def compare(
       ValueError: bad input, before anything is trained. A method whose loss stops being finite is left out
         of the table and said; if none remains, that is an error.
     """
-    if methods is not None:
+    if methods not in (None, "all"):
         parse(methods)  # what can be wrong is found before anything costs time
     get_task(task)
     if seeds < 1:
@@ -194,7 +194,10 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
 def set_up(
     model_name: str, task: str, source: str | None, methods: str | None, layout: str = "loop", **options: Any
 ) -> tuple[Problem, list[Entry]]:
-    """The problem, and the methods (None: all) fitted to its model; each transform is tried on abstract shapes.
+    """The problem, and the methods fitted to its model; each transform is tried on abstract shapes.
+
+    Args:
+      methods: as in `compare`; what fits the model is taken, where nobody asked for it by name.
 
     Raises:
       ValueError: a method does not fit the model (a target that matches nothing, a rank too large, ...).
@@ -205,13 +208,18 @@ def set_up(
     def reserve(model: Model) -> int:
         heads = {s.module for s in model.sites if s.kind == "head"}
         biases = [p for p in flatten(model.params) if p.endswith("/bias") and p.rpartition("/")[0] not in heads]
-        text = methods or every_method(is_classifier=bool(heads))
-        found = entries(text, is_classifier=bool(heads), has_biases=bool(biases))
+        text = named(methods, is_classifier=bool(heads))
+        found = entries(
+            text,
+            is_classifier=bool(heads),
+            has_biases=bool(biases),
+            tokenizer=lambda: hub.load_tokenizer(model_name),
+        )
         for entry in found:
             try:
                 _try(entry, model, layout)
             except ValueError as e:
-                if methods:
+                if methods not in (None, "all"):
                     raise
                 left_out.append(f"{entry.name} is left out: {e}")  # nobody asked for it by name
             else:

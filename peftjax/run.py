@@ -18,13 +18,15 @@ import jax
 
 from .checkpoint import save_adapter, write_atomically
 from .hub import BUNDLED, Model, fingerprint
-from .methods import METHODS, Method, build, chain, default_rate, head, parse
+from .methods import METHODS, Method, build, chain, default_rate, head, parse, with_text_ids
 from .problem import Evaluator, Problem, objective
 from .train import Settings, fit
 from .tree import count, nbytes
 from .weights import map_nodes
 
 SAMPLES = 5
+# What is compared where nobody says: the survey's three kinds, each with its best-known members.
+SELECTION = ("head", "bitfit", "fishmask", "lora", "dora", "ia3", "adapter", "prompt", "prefix", "full")
 ZERO_SHOT = "zero-shot"  # the row of the base as it is
 
 
@@ -36,16 +38,25 @@ class Entry(NamedTuple):
     note: str = ""
 
 
-def every_method(*, is_classifier: bool) -> str:
-    """All methods with their defaults, full fine-tuning last; the head alone only where there is one."""
-    return ", ".join([*(m for m in METHODS if m != "full" and (m != "head" or is_classifier)), "full"])
+def named(which: str | None, *, is_classifier: bool) -> str:
+    """The methods of a comparison, with their defaults and full fine-tuning last; the head alone only where it is.
+
+    Args:
+      which: None, a selection of every kind; 'all'; or a text that names them itself and comes back as it is.
+    """
+    if which not in (None, "all"):
+        return which
+    chosen = SELECTION if which is None else METHODS
+    return ", ".join([*(m for m in chosen if m != "full" and (m != "head" or is_classifier)), "full"])
 
 
-def entries(text: str, *, is_classifier: bool, has_biases: bool) -> list[Entry]:
+def entries(
+    text: str, *, is_classifier: bool, has_biases: bool, tokenizer: Callable[[], Any] | None = None
+) -> list[Entry]:
     """Reads methods as written on the command line and fits them to a model.
 
     The task head of a classifier trains with every method. BitFit on a model without biases gets zero biases
-    (`create=True`), and a note that says so.
+    (`create=True`), and a note that says so. The texts of prompts become token ids by the tokenizer.
     """
     out = []
     for name, m in parse(text).items():
@@ -53,7 +64,9 @@ def entries(text: str, *, is_classifier: bool, has_biases: bool) -> list[Entry]:
         if "bitfit" in names and not has_biases:
             m = chain(*(build(n, a | {"create": True} if n == "bitfit" else a) for n, a in m.spec))
             note = "the model has no biases; zero ones were added and trained"
-        if is_classifier and not {"head", "full"} & set(names):
+        if tokenizer is not None and "prompt" in names:
+            m = with_text_ids(m, tokenizer())
+        if is_classifier and not {"head", "full", "child_tuning"} & set(names):
             m = chain(m, head())
         out.append(Entry(name, m, note))
     return out

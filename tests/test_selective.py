@@ -184,5 +184,5 @@ def test_child_tuning_d_trains_the_largest_of_the_blocks_and_all_of_the_rest(pai
         if path in blocks:
             allowed = sparse[path].indices.tolist() if path in sparse else []
             assert set(np.flatnonzero(moved)) <= set(allowed), path
-    with pytest.raises(ValueError, match="no example"):
+    with pytest.raises(ValueError, match="at least one example"):
         child_tuning("D").observed(objective, base.ours.params, base.ours.sites, [])

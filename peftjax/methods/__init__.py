@@ -91,13 +91,20 @@ TABLE: dict[str, Row] = {
 METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}
 
 
+HEADER = ("method", "kind", "trains", "acts on", "merges", "rate", "paper", "file")
+
+
+def cells(name: str) -> list[str]:
+    """A method's line of the table, under `HEADER`; the file is the one in `peftjax/methods` that defines it."""
+    r = TABLE[name]
+    file = r.factory.__module__.rpartition(".")[2] + ".py"
+    return [name, r.kind, r.trains, r.acts, "yes" if r.merges else "no", f"{r.rate:g}", r.paper, file]
+
+
 def methods_table() -> str:
     """The table of methods in Markdown."""
-    rows = ["| method | kind | trains | acts on | merges | rate | paper |", "|---|---|---|---|---|---|---|"]
-    for name, r in TABLE.items():
-        cells = [f"`{name}`", r.kind, r.trains, r.acts, "yes" if r.merges else "no", f"{r.rate:g}", r.paper]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    rows = [HEADER, ["---"] * len(HEADER), *([f"`{name}`", *cells(name)[1:]] for name in TABLE)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def default_rate(method: Method, width: int, own: Mapping[str, float] = MappingProxyType({})) -> float:
