@@ -18,6 +18,7 @@ from .tree import partition as partition
 from .weights import Trained as Trained
 from .weights import Weight as Weight
 from .weights import attend as attend
+from .weights import compact as compact
 from .weights import dot as dot
 from .weights import materialize as materialize
 from .weights import merge as merge

@@ -79,6 +79,8 @@ def compare(
     rated = [
         dataclasses.replace(settings, learning_rate=rate_of(e, rates, problem.model, model_name)) for e in chosen
     ]  # all, before anything is trained
+    for e in chosen:
+        e.method.planned(settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size))
     _say_notes(problem, chosen, say)
     if not problem.model.fresh:
         with watch(ZERO_SHOT):

@@ -12,7 +12,7 @@ import transformers
 
 from peftjax import METHODS, Method, chain, combine, count, hub, merge, partition, stack_layers
 from peftjax.checkpoint import load_adapter, save_adapter
-from peftjax.methods import bitfit, default_rate, dora, fishmask, from_spec, full, head, lora, prefix
+from peftjax.methods import adalora, bitfit, default_rate, dora, fishmask, from_spec, full, head, lora, prefix
 from peftjax.train import Settings, fit
 from peftjax.tree import cast, flatten, map_with_path
 
@@ -180,6 +180,16 @@ CASES = {
             + 3 * (s.attention + s.mlp_in * (D + FF))  # rank 2 in layer 0, rank 1 in layer 1
             + 2 * 4 * (FF + D)
         ),
+    ),
+    "adalora": Case(
+        adalora(target_rank=2, init_rank=3, targets=["query", "mlp_out"]),
+        r".*/(query|q_proj|down_proj|output/dense|mlp/c_proj)(/kernel)?/(a|lam|b)",
+        lambda s, n: _lora_count(3, (D, D), (FF, D)) + 2 * LAYERS * 3,
+    ),
+    "adalora+lora+head": Case(
+        chain(adalora(2, 4, targets=["value", "embedding"], dropout=0.1), lora(rank=2, targets=["query"]), head()),
+        r".*/(value|v_proj)(/kernel)?/(a|lam|b)|.*/embedding/(a|lam|b)|.*/(query|q_proj)(/kernel)?/[ab]|(classifier|score)/.*",
+        lambda s, n: _lora_count(4, (D, s.kv)) + LAYERS * 4 + 4 * (VOCAB + D + 1) + _lora_count(2, (D, D)) + s.head,
     ),
     "prefix": Case(
         prefix(5), r".*/prefix/(key|value)", lambda s, n: 2 * 5 * LAYERS * s.kv, unchanged=False, merges=False
@@ -397,6 +407,23 @@ BAD = {
         lambda: bitfit(["query", "embedding"]),
         "word_embeddings/embedding, which has no bias",
     ),
+    "adalora, target above the start": (lambda: adalora(9, 8), "target_rank 9 is above init_rank 8"),
+    "adalora, no target": (lambda: adalora(0), "target_rank must be a whole number of at least 1; got 0"),
+    "adalora, rank too large": (lambda: adalora(2, D + 1), "adalora: rank 17 is larger .* at most 16"),
+    "adalora, warm-up past the end": (
+        lambda: adalora(2, 3, warmup=6, final=4, total=10),
+        "6 steps of warm-up and 4 final ones leave none of 10",
+    ),
+    "adalora, a share past the end": (
+        lambda: adalora(2, 3, warmup=1.5),
+        r"warmup must .* a share in \[0, 1\); got 1.5",
+    ),
+    "adalora, a beta": (lambda: adalora(2, 3, beta2=1.0), "beta2 must be between 0 and 1"),
+    "adalora, orthogonality": (lambda: adalora(2, 3, orthogonality=-1), "orthogonality must be at least 0; got -1"),
+    "adalora twice": (
+        lambda: chain(adalora(2, 3, targets=["query"]), adalora(2, 3, targets=["key"])),
+        "is an AdaLoRA already, .* write one adalora with all the targets",
+    ),
     "prefix std": (lambda: prefix(2, std=-1.0), "std must be above 0"),
     "prefix length": (lambda: prefix(0), "at least 1"),
     "prefix hidden": (lambda: prefix(2, hidden=0), "at least 1"),
@@ -446,6 +473,7 @@ PAIRS = [
     (prefix(2), fishmask(0.2, score="random")),
     (lora(rank=2, targets=["query"]), lora(rank=3, targets=["key"])),
     (prefix(3, mlp=True, hidden=5), head()),
+    (adalora(2, 3, targets=["query"]), lora(rank=2, targets=["key"])),
 ]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
+from .adalora import adalora as adalora
 from .base import Method as Method
 from .base import Site as Site
 from .base import chain as chain
@@ -62,6 +63,15 @@ TABLE: dict[str, Row] = {
     ),
     "lora": Row(lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, "arXiv:2106.09685"),
     "dora": Row(dora, "low-rank", "r (inputs + outputs) + outputs a matrix", "weights", True, 5e-4, "arXiv:2402.09353"),
+    "adalora": Row(
+        adalora,
+        "low-rank",
+        "r (inputs + outputs + 1) a matrix at first",
+        "weights",
+        True,
+        2e-3,
+        "arXiv:2303.10512",
+    ),
     "prefix": Row(prefix, "additive", "2 n L k", "attention", False, 1e-2, "arXiv:2101.00190"),
 }
 METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}
