@@ -12,7 +12,7 @@ import transformers
 
 from peftjax import METHODS, Method, chain, combine, count, hub, merge, partition, stack_layers
 from peftjax.checkpoint import load_adapter, save_adapter
-from peftjax.methods import adalora, bitfit, default_rate, dora, fishmask, from_spec, full, head, lora, prefix
+from peftjax.methods import adalora, bitfit, default_rate, dora, dylora, fishmask, from_spec, full, head, lora, prefix
 from peftjax.train import Settings, fit
 from peftjax.tree import cast, flatten, map_with_path
 
@@ -190,6 +190,16 @@ CASES = {
         chain(adalora(2, 4, targets=["value", "embedding"], dropout=0.1), lora(rank=2, targets=["query"]), head()),
         r".*/(value|v_proj)(/kernel)?/(a|lam|b)|.*/embedding/(a|lam|b)|.*/(query|q_proj)(/kernel)?/[ab]|(classifier|score)/.*",
         lambda s, n: _lora_count(4, (D, s.kv)) + LAYERS * 4 + 4 * (VOCAB + D + 1) + _lora_count(2, (D, D)) + s.head,
+    ),
+    "dylora": Case(
+        dylora(rank=3, alpha=5),
+        r".*/(query|value|q_proj|v_proj)(/kernel)?/[ab]",
+        lambda s, n: _lora_count(3, (D, D), (D, s.kv)),
+    ),
+    "dylora-frozen": Case(
+        dylora(rank=4, targets=["linear", "embedding"], frozen=True, distribution="geometric", dropout=0.1),
+        r".*(layer|layers|h)_\d+/.*/kernel/[ab]|.*(word_embeddings|embed_tokens|wte)/embedding/[ab]",
+        lambda s, n: 4 * (VOCAB + D) + LAYERS * 4 * (s.attention + (s.mlp_in + 1) * (D + FF)),
     ),
     "prefix": Case(
         prefix(5), r".*/prefix/(key|value)", lambda s, n: 2 * 5 * LAYERS * s.kv, unchanged=False, merges=False
@@ -424,6 +434,17 @@ BAD = {
         lambda: chain(adalora(2, 3, targets=["query"]), adalora(2, 3, targets=["key"])),
         "is an AdaLoRA already, .* write one adalora with all the targets",
     ),
+    "dylora, min_rank above": (
+        lambda: dylora(2, min_rank=3),
+        "min_rank must be a whole number from 1 to rank=2; got 3",
+    ),
+    "dylora, distribution": (lambda: dylora(2, distribution="normal"), "'uniform' or 'geometric'; got 'normal'"),
+    "dylora, p": (lambda: dylora(2, p=1), "p must be between 0 and 1; got 1"),
+    "dylora, rank too large": (lambda: dylora(D + 1), "dylora: rank 17 is larger .* at most 16"),
+    "dylora twice": (
+        lambda: chain(dylora(2, targets=["query"]), dylora(3, targets=["key"])),
+        "is a DyLoRA already, .* write one dylora with all the targets",
+    ),
     "prefix std": (lambda: prefix(2, std=-1.0), "std must be above 0"),
     "prefix length": (lambda: prefix(0), "at least 1"),
     "prefix hidden": (lambda: prefix(2, hidden=0), "at least 1"),
@@ -473,6 +494,7 @@ PAIRS = [
     (prefix(2), fishmask(0.2, score="random")),
     (lora(rank=2, targets=["query"]), lora(rank=3, targets=["key"])),
     (prefix(3, mlp=True, hidden=5), head()),
+    (dylora(3, targets=["query"]), lora(rank=2, targets=["key"])),
     (adalora(2, 3, targets=["query"]), lora(rank=2, targets=["key"])),
 ]
 

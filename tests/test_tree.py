@@ -908,7 +908,7 @@ def test_parse():
         ("lora(rank=open('x'))", "cannot read the argument rank=open"),
         (
             "lorra",
-            "there is no method 'lorra'; the methods are full, head, bitfit, fishmask, lora, dora, adalora, prefix",
+            "there is no method 'lorra'; the methods are full, head, bitfit, fishmask, lora, dora, adalora, dylora, prefix",
         ),
         ("lora(ranks=4)", r"lora: .*'ranks'.*; its arguments are \['rank', 'alpha'"),
         ("lora(rank=0)", "rank must be a whole number"),
@@ -928,6 +928,7 @@ def test_specs_build_the_method_again(name, key):
     sites = (*sites, Site("h_0", "attention", 0, 4, (2, 2, 2)), Site("h_1", "positions"))
     small = {"lora": {"rank": 2, "alpha_pattern": {"query": 3}}, "dora": {"rank": 2}}
     small["adalora"] = {"target_rank": 1, "init_rank": 2}
+    small["dylora"] = {"rank": 2}
     small["fishmask"] = {"fraction": 0.5, "score": "random"}
     arguments = small.get(name, {})
     one = build(name, arguments)

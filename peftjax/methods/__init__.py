@@ -15,6 +15,8 @@ from .base import select as select
 from .base import weight_method as weight_method
 from .bitfit import bitfit as bitfit
 from .dora import dora as dora
+from .dylora import dylora as dylora
+from .dylora import dylora_at as dylora_at
 from .fishmask import fisher as fisher
 from .fishmask import fishmask as fishmask
 from .full import full as full
@@ -72,6 +74,7 @@ TABLE: dict[str, Row] = {
         2e-3,
         "arXiv:2303.10512",
     ),
+    "dylora": Row(dylora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, "arXiv:2210.07558"),
     "prefix": Row(prefix, "additive", "2 n L k", "attention", False, 1e-2, "arXiv:2101.00190"),
 }
 METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}
