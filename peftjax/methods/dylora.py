@@ -15,7 +15,7 @@ from .lora import Factors, LoRA, low_rank, low_rank_arguments
 
 @node
 class DyLoRA(Weight):
-    """`W + (alpha / b) · A[:, :b] B[:b]`: `a` is (inputs, r), `b` (r, outputs), and the rank b is r unless one is drawn.
+    """`W + (alpha / b) · A[:, :b] B[:b]`: `a` is (inputs, r), `b` (r, outputs), and b is r unless one is drawn.
 
     Attributes:
       rank: this step's b, drawn by `resolve`; None: r.
@@ -36,7 +36,7 @@ class DyLoRA(Weight):
         """The LoRA of the drawn rank, or of the whole."""
         r = self.a.shape[-1]
         if self.rank is None:
-            return LoRA(self.base, self.a, self.b, self.key, self.alpha / r, self.dropout)
+            return LoRA(self.base, self.a * (self.alpha / r), self.b, self.key, dropout=self.dropout)
         rank = self.rank[..., None, None]  # of one layer, or of each of a stack
 
         def first(x, axis):
@@ -44,7 +44,8 @@ class DyLoRA(Weight):
             old = jax.lax.stop_gradient(x) if self.frozen else x
             return jnp.where(i < rank - 1, old, jnp.where(i == rank - 1, x, 0.0))
 
-        return LoRA(self.base, first(self.a, -1) * (self.alpha / rank), first(self.b, -2), self.key, 1.0, self.dropout)
+        a = first(self.a, -1) * (self.alpha / rank)
+        return LoRA(self.base, a, first(self.b, -2), self.key, dropout=self.dropout)
 
     def materialize(self):
         return self.lora().materialize()
@@ -89,6 +90,8 @@ def dylora(
       p: of the geometric distribution.
       frozen: which of the first b directions a step updates: the last alone, or all.
       dropout: as for `lora`.
+
+    Where a batch is split (`Settings.accumulate`), each part draws its own rank.
 
     Raises:
       ValueError: an impossible argument; or as `lora` does.
