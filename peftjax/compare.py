@@ -18,7 +18,7 @@ from . import hub, report
 from .checkpoint import load_adapter, read_header
 from .hub import Model
 from .layout import stack_layers
-from .methods import dylora_at, parse
+from .methods import at_rank, parse
 from .methods.base import virtual_tokens
 from .problem import Evaluator, Problem, prepare
 from .run import (
@@ -79,8 +79,7 @@ def compare(
     rated = [
         dataclasses.replace(settings, learning_rate=rate_of(e, rates, problem.model, model_name)) for e in chosen
     ]  # all, before anything is trained
-    for e in chosen:
-        e.method.planned(settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size))
+    _check_plans(problem, chosen, settings)
     _say_notes(problem, chosen, say)
     if not problem.model.fresh:
         with watch(ZERO_SHOT):
@@ -137,6 +136,7 @@ def train(
     _say_notes(problem, [entry], say)
     rates = {} if rate is None else {"": rate}
     settings = dataclasses.replace(settings, learning_rate=rate_of(entry, rates, problem.model, model_name))
+    _check_plans(problem, [entry], settings)
     hint = "run the same command again: " + shlex.join(["peftjax", *sys.argv[1:]])
     with watch(entry.name) as note:
         return run(problem, entry, settings, out, resume_hint=hint, report=note)
@@ -180,7 +180,7 @@ def evaluate_ranks(
     """
     problem = _problem_of(adapter, model_name, task, source, seed, say, options)
     params, method, _ = load_adapter(adapter, problem.model)
-    at = {rank: dylora_at(params, rank) for rank in ranks}  # all, before anything is scored
+    at = {rank: at_rank(params, rank) for rank in ranks}  # all, before anything is scored
     evaluator, table = Evaluator(problem), Table()
     for rank, cut in at.items():
         scores = evaluator.scores(cut)
@@ -265,6 +265,12 @@ def _try(entry: Entry, model: Model, layout: str) -> Any:
     if layout == "scan":
         jax.eval_shape(stack_layers, params)
     return params
+
+
+def _check_plans(problem: Problem, chosen: list[Entry], settings: Settings) -> None:
+    """Tells every method how long it would train, so that what does not fit is said before anything is trained."""
+    for entry in chosen:
+        entry.method.planned(settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size))
 
 
 def _with_head_of_seed(problem: Problem, seed: int) -> Problem:

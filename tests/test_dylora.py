@@ -12,7 +12,7 @@ import tiny
 from peftjax import chain, combine, hub, merge, partition, stack_layers
 from peftjax.checkpoint import load_adapter, save_adapter
 from peftjax.cli import main
-from peftjax.methods import dylora, dylora_at, lora
+from peftjax.methods import at_rank, dylora, lora
 from peftjax.methods.dylora import DyLoRA
 from peftjax.methods.lora import LoRA
 from peftjax.tree import flatten, map_with_path
@@ -69,7 +69,7 @@ def adapted(base, method):
     return jax.tree.map(lambda keep, x, y: y if keep else x, mask, params, moved)
 
 
-def at_rank(params, rank):
+def with_rank(params, rank):
     def write(x):
         return drawn(x, rank) if isinstance(x, DyLoRA) else x
 
@@ -91,7 +91,7 @@ def test_only_the_first_directions_are_used_bit_for_bit(base, rank):
         trainable, frozen = partition(params, method.trainable(params))
 
         def loss(t):
-            logits = base.forward(at_rank(combine(t, frozen), rank), TOKENS).logits
+            logits = base.forward(with_rank(combine(t, frozen), rank), TOKENS).logits
             return jnp.square(logits).sum(), logits
 
         return jax.grad(loss, has_aux=True)(trainable)
@@ -107,8 +107,8 @@ def test_only_the_first_directions_are_used_bit_for_bit(base, rank):
 def test_a_rank_taken_out_is_the_lora_of_its_directions(base, rank, tmp_path):
     method = dylora(R, ALPHA, ["linear"])
     params = adapted(base, method)
-    small = dylora_at(params, rank)
-    want = base.forward(at_rank(params, rank), TOKENS).logits
+    small = at_rank(params, rank)
+    want = base.forward(with_rank(params, rank), TOKENS).logits
 
     def as_lora(n):
         if not isinstance(n, DyLoRA):
@@ -120,7 +120,7 @@ def test_a_rank_taken_out_is_the_lora_of_its_directions(base, rank, tmp_path):
     assert size < save_adapter(tmp_path / "all", base, method, params) or rank == R
     loaded = load_adapter(tmp_path / "small", base).params
     assert tiny.same(loaded, small)
-    for tree in (small, plain, merge(small), loaded, dylora_at(stack_layers(params), rank)):
+    for tree in (small, plain, merge(small), loaded, at_rank(stack_layers(params), rank)):
         np.testing.assert_allclose(base.forward(tree, TOKENS).logits, want, atol=1e-4)
     assert {n.a.shape[-1] for n in flatten(small, is_leaf=is_node).values() if isinstance(n, DyLoRA)} == {rank}
     ranks = [
@@ -133,9 +133,9 @@ def test_ranks_that_are_not_there(base):
     params = adapted(base, dylora(3))
     for rank in (0, 4):
         with pytest.raises(ValueError, match=f"ranks from 1 to 3; got {rank}"):
-            dylora_at(params, rank)
+            at_rank(params, rank)
     with pytest.raises(ValueError, match="hold no DyLoRA"):
-        dylora_at(adapted(base, lora(3)), 2)
+        at_rank(adapted(base, lora(3)), 2)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from .base import select as select
 from .base import weight_method as weight_method
 from .bitfit import bitfit as bitfit
 from .dora import dora as dora
+from .dylora import at_rank as at_rank
 from .dylora import dylora as dylora
-from .dylora import dylora_at as dylora_at
 from .fishmask import fisher as fisher
 from .fishmask import fishmask as fishmask
 from .full import full as full

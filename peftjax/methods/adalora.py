@@ -111,13 +111,14 @@ def prune(
             tx.init(params), jnp.int32(0), jax.tree.map(jnp.zeros_like, own), jax.tree.map(jnp.zeros_like, own), kept
         )
 
-    def update(grads, state, params=None, **extra):
+    def update(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("adalora: its optimizer needs the parameters; write tx.update(grads, state, params)")
-        updates, inner = tx.update(grads, state.inner, params, **extra)
+        grads = _triplets(updates)
+        updates, inner = tx.update(updates, state.inner, params, **extra)
         step, last, own = state.step + 1, budget.total - budget.final, _triplets(params)
         # the sensitivity takes the weight after this step's update, as the authors' code does
-        now = jax.tree.map(lambda w, u, g: jnp.abs((w + u) * g), own, _triplets(updates), _triplets(grads))
+        now = jax.tree.map(lambda w, u, g: jnp.abs((w + u) * g), own, _triplets(updates), grads)
         mean, spread = state.sensitivity, state.uncertainty
         new_mean = jax.tree.map(lambda s, x: beta1 * s + (1 - beta1) * x, mean, now)
         new_spread = jax.tree.map(lambda u, x, s: beta2 * u + (1 - beta2) * jnp.abs(x - s), spread, now, new_mean)
@@ -173,7 +174,7 @@ def _largest(scores: dict[str, jax.Array], n: jax.Array) -> dict[str, jax.Array]
     best = jnp.zeros(flat.shape, bool).at[jnp.argsort(-flat, stable=True)].set(jnp.arange(len(flat)) < n)
     ends = np.cumsum([len(rows[p]) for p in order])[:-1]
     chosen = dict(zip(order, jnp.split(best, ends), strict=True))
-    return {path: jnp.stack([*map(chosen.get, _rows(path, x))]).reshape(x.shape) for path, x in scores.items()}
+    return {path: jnp.stack([chosen[p] for p in _rows(path, x)]).reshape(x.shape) for path, x in scores.items()}
 
 
 def adalora(

@@ -75,7 +75,7 @@ def dylora(
 
     Valipour et al. 2022 (arXiv:2210.07558), section 3 and algorithm 1; here weights act from the right, so the first
     b columns of A, (inputs, r), and rows of B, (r, outputs), are used. Evaluated and saved at the full rank;
-    `dylora_at(params, b)` takes out a smaller one. A and B start as in `lora`.
+    `at_rank(params, b)` takes out a smaller one. A and B start as in `lora`.
 
     With `frozen` only the b-th column of A and row of B get a gradient, as the authors' training script has it. As
     there, the optimizer's momentum and weight decay go on moving the others.
@@ -98,7 +98,7 @@ def dylora(
 
     >>> params = {"q": {"kernel": jnp.ones((6, 4))}}
     >>> new = dylora(rank=3, targets=["q/kernel"]).init(jax.random.key(0), params, ())
-    >>> dylora_at(new, 2)["q"]["kernel"].a.shape
+    >>> at_rank(new, 2)["q"]["kernel"].a.shape
     (6, 2)
     """
     own = {"min_rank": min_rank, "distribution": distribution, "p": p, "frozen": frozen}
@@ -153,7 +153,7 @@ def _nodes(params: Tree) -> dict[str, DyLoRA]:
     return found
 
 
-def dylora_at(params: Tree, rank: int) -> Tree:
+def at_rank(params: Tree, rank: int) -> Tree:
     """The parameters with every DyLoRA cut to its first directions: the adapter of a smaller rank, scaled alpha / rank.
 
     Args:
