@@ -23,7 +23,7 @@ from .hub import Model, fingerprint
 from .layout import unstack_layers
 from .methods import Method, from_spec
 from .tree import Tree, flatten, nearest, update
-from .weights import NODES, Blocks, data_fields, is_node, static_fields
+from .weights import NODES, Blocks, compact, data_fields, is_node, static_fields
 
 FORMAT = 1
 SAVED, BASE = "saved", "base"
@@ -48,14 +48,14 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
 
     Args:
       model: the base that was adapted.
-      params: adapted parameters, per-layer or stacked; `method.resolve(params, None)` is applied here.
+      params: adapted parameters, per-layer or stacked; `method.resolve(params, None)` and `compact` are applied here.
       extra: JSON to keep in the header.
 
     Raises:
       ValueError: an array that the method does not save is not the base's either.
       OSError: the file cannot be written; nothing is left behind.
     """
-    params = unstack_layers(method.resolve(params, None))
+    params = compact(unstack_layers(method.resolve(params, None)))
     saved = flatten(method.saved(params))
     nodes = {p: n for p, n in flatten(params, is_leaf=is_node).items() if is_node(n)}
     tensors = {p: np.asarray(x) for p, x in flatten(params).items() if saved[p]}

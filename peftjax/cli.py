@@ -126,11 +126,13 @@ class Evaluate:
 
     Attributes:
       adapter: the adapter file; default: none.
+      ranks: of a DyLoRA adapter, such as 1,2,4,8: a table with the scores at each of them.
       seed: of a task head that neither the base nor an adapter has.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
     adapter: Path | None = None
+    ranks: str = ""
     seed: int = 0
 
 
@@ -200,10 +202,15 @@ def train(args: Train) -> None:
 def evaluate(args: Evaluate) -> None:
     from . import compare as comparison
 
-    options = _prepare(args.base)
-    scores = comparison.evaluate(
-        args.base.model, args.base.task, args.base.data, adapter=args.adapter, seed=args.seed, say=_say, **options
-    )
+    where = (args.base.model, args.base.task, args.base.data)
+    options = {"seed": args.seed, "say": _say, **_prepare(args.base)}
+    if args.ranks:
+        if args.adapter is None:
+            raise ValueError("--ranks needs the --adapter of a DyLoRA")
+        ranks = _ranks(args.ranks)
+        console.print(comparison.evaluate_ranks(*where, adapter=args.adapter, ranks=ranks, **options))
+        return
+    scores = comparison.evaluate(*where, adapter=args.adapter, **options)
     _say(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
 
@@ -299,6 +306,13 @@ def _rates(text: str) -> dict[str, float]:
             raise ValueError(f"cannot read the learning rate {item!r}; write 1e-3, or full=1e-4,lora=1e-3") from None
         rates |= dict.fromkeys(parse(name) if name.strip() else [""], rate)
     return rates
+
+
+def _ranks(text: str) -> list[int]:
+    try:
+        return [int(x) for x in text.split(",")]
+    except ValueError:
+        raise ValueError(f"cannot read the ranks {text!r}; write 1,2,4") from None
 
 
 @contextlib.contextmanager

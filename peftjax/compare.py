@@ -5,7 +5,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from . import hub, report
 from .checkpoint import load_adapter, read_header
 from .hub import Model
 from .layout import stack_layers
-from .methods import parse
+from .methods import at_rank, parse
 from .methods.base import virtual_tokens
 from .problem import Evaluator, Problem, prepare
 from .run import (
@@ -36,7 +36,7 @@ from .run import (
 )
 from .tasks import get_task
 from .train import NonFinite, Settings
-from .tree import flatten
+from .tree import count, flatten, partition
 
 
 def compare(
@@ -79,6 +79,7 @@ def compare(
     rated = [
         dataclasses.replace(settings, learning_rate=rate_of(e, rates, problem.model, model_name)) for e in chosen
     ]  # all, before anything is trained
+    _check_plans(problem, chosen, settings)
     _say_notes(problem, chosen, say)
     if not problem.model.fresh:
         with watch(ZERO_SHOT):
@@ -135,6 +136,7 @@ def train(
     _say_notes(problem, [entry], say)
     rates = {} if rate is None else {"": rate}
     settings = dataclasses.replace(settings, learning_rate=rate_of(entry, rates, problem.model, model_name))
+    _check_plans(problem, [entry], settings)
     hint = "run the same command again: " + shlex.join(["peftjax", *sys.argv[1:]])
     with watch(entry.name) as note:
         return run(problem, entry, settings, out, resume_hint=hint, report=note)
@@ -155,6 +157,43 @@ def evaluate(
     Raises:
       ValueError: the adapter was made for another base, or for labels that are not the task's.
     """
+    problem = _problem_of(adapter, model_name, task, source, seed, say, options)
+    params = problem.model.params if adapter is None else load_adapter(adapter, problem.model).params
+    return Evaluator(problem).scores(params)
+
+
+def evaluate_ranks(
+    model_name: str,
+    task: str,
+    source: str | None,
+    *,
+    adapter: str | Path,
+    ranks: Sequence[int],
+    seed: int = 0,
+    say: Callable[[str], Any] = print,
+    **options: Any,
+) -> Table:
+    """The scores of one DyLoRA adapter at several ranks, with what the adapter then counts.
+
+    Raises:
+      ValueError: as `evaluate`; or the adapter has no such rank.
+    """
+    problem = _problem_of(adapter, model_name, task, source, seed, say, options)
+    params, method, _ = load_adapter(adapter, problem.model)
+    at = {rank: at_rank(params, rank) for rank in ranks}  # all, before anything is scored
+    evaluator, table = Evaluator(problem), Table()
+    for rank, cut in at.items():
+        scores = evaluator.scores(cut)
+        if not table.columns:
+            for column in ("rank", "parameters", *scores):
+                table.add_column(column, justify="right")
+        trained = count(partition(cut, method.trainable(cut))[0])
+        table.add_row(str(rank), f"{trained:,}", *(f"{v:.4g}" for v in scores.values()))
+    return table
+
+
+def _problem_of(adapter, model_name, task, source, seed, say, options) -> Problem:
+    """The problem to score an adapter on, or the base."""
     get_task(task)
     header = None if adapter is None else read_header(adapter)
     if header is not None:  # texts as long as when it was trained
@@ -168,8 +207,7 @@ def evaluate(
     if header is not None and "labels" in header["extra"] and header["extra"]["labels"] != labels:
         raise ValueError(f"{adapter} was trained for the labels {header['extra']['labels']}; {task} has {labels}")
     _say_notes(problem, [], say)
-    params = problem.model.params if adapter is None else load_adapter(adapter, problem.model).params
-    return Evaluator(problem).scores(params)
+    return problem
 
 
 def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_dtype: str = "float32") -> Path:
@@ -237,6 +275,12 @@ def _try(entry: Entry, model: Model, layout: str) -> Any:
     if layout == "scan":
         jax.eval_shape(stack_layers, params)
     return params
+
+
+def _check_plans(problem: Problem, chosen: list[Entry], settings: Settings) -> None:
+    """Tells every method how long it would train, so that what does not fit is said before anything is trained."""
+    for entry in chosen:
+        entry.method.planned(settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size))
 
 
 def _with_head_of_seed(problem: Problem, seed: int) -> Problem:

@@ -26,7 +26,7 @@ from .weights import map_nodes
 
 SAMPLES = 5
 # What is compared where nobody says: the survey's three kinds, each with its best-known members.
-SELECTION = ("head", "bitfit", "fishmask", "lora", "dora", "ia3", "adapter", "prompt", "prefix", "full")
+SELECTION = ("head", "bitfit", "fishmask", "lora", "dora", "adalora", "ia3", "adapter", "prompt", "prefix", "full")
 ZERO_SHOT = "zero-shot"  # the row of the base as it is
 
 

@@ -115,7 +115,7 @@ def make_optimizer(settings: Settings, total: int, method: Method) -> optax.Grad
     adamw = optax.adamw(schedule(settings, total), weight_decay=settings.weight_decay, mask=decays)
     clip = optax.identity() if settings.clip is None else optax.clip_by_global_norm(settings.clip)
     inner = optax.with_extra_args_support(optax.chain(clip, adamw))  # so that a wrapper can hand on all it gets
-    return optax.with_extra_args_support(method.optimizer(inner))
+    return optax.with_extra_args_support(method.planned(total).optimizer(inner))
 
 
 def make_step(objective: Objective, method: Method, tx: optax.GradientTransformationExtraArgs, accumulate: int = 1):

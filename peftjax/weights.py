@@ -125,6 +125,10 @@ class Weight:
         """`x @ W.T`, the head tied to an embedding."""
         return jax.checkpoint(lambda w, x: _attend(w.materialize(), x))(self, x)
 
+    def compact(self) -> Any:
+        """The node as an adapter file holds it, without what adds nothing; asked of one layer, outside of a trace."""
+        return self
+
 
 @node
 class Trained(Weight):
@@ -256,6 +260,11 @@ def attend(w: Any, x: jax.Array) -> jax.Array:
 
 def _attend(w, x):
     return jnp.einsum("...d,vd->...v", x, w.astype(x.dtype))  # a transpose would copy the table
+
+
+def compact(params: Any) -> Any:
+    """Every weight node as an adapter file holds it: AdaLoRA's without its dead ranks. Per-layer parameters only."""
+    return map_nodes(lambda _, n: n.compact() if isinstance(n, Weight) else n, params)
 
 
 def merge(params: Any) -> Any:

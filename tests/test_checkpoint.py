@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 
 from peftjax import chain, checkpoint, hub, method, stack_layers
 from peftjax.checkpoint import StateFolder, load_adapter, read_header, save_adapter, write_atomically
-from peftjax.methods import bitfit, dora, fishmask, full, head, lora, prefix
+from peftjax.methods import adalora, bitfit, dora, dylora, fishmask, full, head, lora, prefix
 from peftjax.tree import flatten, get, update
 from peftjax.weights import NODES
 
@@ -28,6 +28,8 @@ ADAPTERS = {
     "lora": lora(rank=2, targets=["linear"], rank_pattern={"query": 3}, dropout=0.1, rslora=True),
     "dora": dora(rank=2, targets=["linear", "embedding"], dropout=0.1),
     "lora-tied": lora(rank=2, targets=["embedding", "query"], tied_embedding="take"),
+    "adalora": adalora(2, 3, targets=["linear", "embedding"], dropout=0.1),
+    "dylora": dylora(3, alpha=5, targets=["linear", "embedding"], dropout=0.1, frozen=True),
     "prefix": prefix(length=3),
     "prefix-mlp": prefix(length=3, mlp=True, hidden=5),
     "lora+bitfit": chain(lora(rank=2), bitfit(create=True)),

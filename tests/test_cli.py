@@ -15,8 +15,7 @@ import pytest
 import tiny
 from conftest import SHARED, STORIES, needs_shared
 
-from peftjax import METHODS, hub, train
-from peftjax import compare as comparison
+from peftjax import METHODS, compare as comparison, hub, train
 from peftjax.cli import _rates, main
 from peftjax.problem import Evaluator
 from peftjax.run import SELECTION, zero_shot
@@ -413,6 +412,10 @@ def test_compare_finds_bad_input_before_training(at, tmp_path, call, never):
     fails(call(*compare, "head,lora", "--lr", "prefix=1e-3"), "a learning rate is given for 'prefix'")
     fails(call(*compare, "head", "--seeds", 0), "seeds must be at least 1; got 0")
     fails(call(*compare, "head", "--lr", "fast"), "cannot read the learning rate 'fast'")
+    late = "adalora(target_rank=1, init_rank=2, warmup=50)"
+    fails(call(*compare, f"head,{late}"), "50 steps of warm-up and .* final ones leave none of")
+    fails(call("train", *base(at, "bert", "rte"), "--method", late, "--out", tmp_path / "train"), "leave none of")
+    assert not (tmp_path / "train/config.json").exists()
     assert not list(tmp_path.rglob("*.*"))
 
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from peftjax.data import Example, batches, bucket_lengths, encode, labels_of, load_rows, make_batch, plan
 from peftjax.metrics import METRICS

@@ -147,7 +147,7 @@ def test_child_tuning_f_is_adam_on_masked_gradients(key):
     for t in range(1, 6):
         step_key = jax.random.fold_in(key, t)
         g = np.cos(w)  # a gradient that depends on where we are
-        mask = np.asarray(jax.random.bernoulli(jax.random.fold_in(step_key, 0), 0.4, (50,)))
+        mask = np.asarray(jax.random.bernoulli(jax.random.split(step_key, 1)[0], 0.4, (50,)))
         masked = g * mask / 0.4
         m, v = 0.9 * m + 0.1 * masked, 0.999 * v + 0.001 * masked**2
         w = w - 0.1 * (m / (1 - 0.9**t)) / (np.sqrt(v / (1 - 0.999**t)) + 1e-6)

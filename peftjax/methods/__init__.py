@@ -6,20 +6,21 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple
 
-from .adapter import adapter as adapter
-from .adapter import parallel_adapter as parallel_adapter
-from .adapter import pfeiffer as pfeiffer
-from .base import Method as Method
-from .base import Site as Site
-from .base import chain as chain
-from .base import method as method
-from .base import select as select
-from .base import weight_method as weight_method
+from .adalora import adalora as adalora
+from .adapter import adapter as adapter, parallel_adapter as parallel_adapter, pfeiffer as pfeiffer
+from .base import (
+    Method as Method,
+    Site as Site,
+    chain as chain,
+    method as method,
+    select as select,
+    weight_method as weight_method,
+)
 from .bitfit import bitfit as bitfit
 from .child_tuning import child_tuning as child_tuning
 from .dora import dora as dora
-from .fishmask import fisher as fisher
-from .fishmask import fishmask as fishmask
+from .dylora import at_rank as at_rank, dylora as dylora
+from .fishmask import fisher as fisher, fishmask as fishmask
 from .full import full as full
 from .head import head as head
 from .ia3 import ia3 as ia3
@@ -28,8 +29,7 @@ from .mam import mam as mam
 from .norm_tuning import norm_tuning as norm_tuning
 from .p_tuning import p_tuning as p_tuning
 from .prefix import prefix as prefix
-from .prompt import prompt as prompt
-from .prompt import with_text_ids as with_text_ids
+from .prompt import prompt as prompt, with_text_ids as with_text_ids
 from .trainable_tokens import trainable_tokens as trainable_tokens
 
 
@@ -73,6 +73,16 @@ TABLE: dict[str, Row] = {
     ),
     "lora": Row(lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, "arXiv:2106.09685"),
     "dora": Row(dora, "low-rank", "r (inputs + outputs) + outputs a matrix", "weights", True, 5e-4, "arXiv:2402.09353"),
+    "adalora": Row(
+        adalora,
+        "low-rank",
+        "r (inputs + outputs + 1) a matrix at first",
+        "weights",
+        True,
+        2e-3,
+        "arXiv:2303.10512",
+    ),
+    "dylora": Row(dylora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, "arXiv:2210.07558"),
     "prefix": Row(prefix, "additive", "2 n L k", "attention", False, 1e-2, "arXiv:2101.00190"),
     "prompt": Row(prompt, "additive", "n d", "input", False, 0.3, "arXiv:2104.08691"),
     "p_tuning": Row(p_tuning, "additive", "n d and a network, dropped", "input", False, 1e-2, "arXiv:2103.10385"),

@@ -92,6 +92,8 @@ class Method(NamedTuple):
       penalty: params' -> scalar added to the loss.
       observe: (objective, params, sites, batches) -> init, on the base's parameters: what needs data before `init`;
         None where nothing does. Call it through `observed`.
+      plan: steps of the run -> optimizer: what needs to know how long training takes; None where nothing does. Call
+        it through `planned`.
     """
 
     spec: tuple[tuple[str, dict], ...]
@@ -102,6 +104,17 @@ class Method(NamedTuple):
     optimizer: Callable = lambda tx: tx
     penalty: Callable[[Tree], Any] = lambda params: 0.0
     observe: Callable[[Callable, Tree, Iterable[Site], Iterable[dict]], Callable] | None = None
+    plan: Callable[[int], Callable] | None = None
+
+    def planned(self, total: int) -> "Method":
+        """The method with an `optimizer` that knows the number of training steps; itself, if it needs none.
+
+        `train.make_optimizer` calls this, so whoever trains by `fit` need not.
+
+        Raises:
+          ValueError: the method's schedule does not fit into so many steps.
+        """
+        return self if self.plan is None else self._replace(optimizer=self.plan(total), plan=None)
 
     def observed(self, objective: Callable, params: Tree, sites: Iterable[Site], batches: Iterable[dict]) -> "Method":
         """The method with an `init` that knows what the data say; itself, and no batch read, if it needs none.
@@ -194,6 +207,9 @@ def chain(*methods: Method) -> Method:
             tx = m.optimizer(tx)
         return tx
 
+    def plan(total):
+        return chain(*(m.planned(total) for m in methods)).optimizer
+
     return Method(
         spec=sum((m.spec for m in methods), ()),
         init=init,
@@ -203,6 +219,7 @@ def chain(*methods: Method) -> Method:
         optimizer=optimizer,
         penalty=lambda params: sum(m.penalty(params) for m in methods),
         observe=observe if any(m.observe for m in methods) else None,
+        plan=plan if any(m.plan for m in methods) else None,
     )
 
 

@@ -111,12 +111,10 @@ def drawn_gradients(tx: optax.GradientTransformation, p: float) -> optax.Gradien
     """The transformation on gradients of which a fresh share p is kept, over p (section 2.2, equation 4)."""
     tx = optax.with_extra_args_support(tx)
 
-    def update(grads, state, params=None, *, key, **extra):
-        leaves, structure = jax.tree.flatten(grads)
-        kept = [
-            jnp.where(jax.random.bernoulli(jax.random.fold_in(key, i), p, g.shape), g / p, 0).astype(g.dtype)
-            for i, g in enumerate(leaves)
-        ]
-        return tx.update(jax.tree.unflatten(structure, kept), state, params, key=key, **extra)
+    def update(updates, state, params=None, **extra):
+        leaves, structure = jax.tree.flatten(updates)
+        keys = jax.random.split(extra["key"], len(leaves))
+        kept = [jnp.where(jax.random.bernoulli(k, p, g.shape), g / p, 0) for k, g in zip(keys, leaves, strict=True)]
+        return tx.update(jax.tree.unflatten(structure, kept), state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

@@ -142,12 +142,14 @@ class Factors(NamedTuple):
       b: (r, outputs).
       scale: alpha / r, or alpha / sqrt(r).
       only: 'take' where only the look-up of a tied embedding is adapted.
+      key: of this site, for what else a method draws.
     """
 
     a: jax.Array
     b: jax.Array
     scale: float
     only: str | None
+    key: jax.Array
 
 
 def low_rank(name: str, arguments: dict, cls: type, new: Callable[[Any, Factors], Any]) -> Method:
@@ -187,7 +189,7 @@ def low_rank(name: str, arguments: dict, cls: type, new: Callable[[Any, Factors]
             bound = 1 / math.sqrt(rows)
             a, b = jax.random.uniform(key, (rows, r), minval=-bound, maxval=bound), jnp.zeros((r, columns))
         only = "take" if site.tied and arguments["tied_embedding"] == "take" else None
-        return Factors(a, b, scale, only)
+        return Factors(a, b, scale, only, key)
 
     def init(key, params, sites):
         chosen = select(params, sites, arguments["targets"])

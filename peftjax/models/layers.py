@@ -268,12 +268,11 @@ def begin(
     """
     prompt = optional(module, "prompt")
     n = 0 if prompt is None else prompt.n
-    if positions is None:
-        positions = jnp.arange(x.shape[1])[None] + (0 if cache is None else cache.index - n * continued)
-    positions = positions + n
+    counted = jnp.arange(x.shape[1])[None] + (0 if cache is None else cache.index - n * continued)
+    own: jax.Array = (counted if positions is None else positions) + n
     if prompt is None or continued:
-        return x, mask, positions, 0
-    return *prompt((x, mask, positions), x=None, context=None), n
+        return x, mask, own, 0
+    return *prompt((x, mask, own), x=None, context=None), n
 
 
 def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> tuple:
