@@ -2,6 +2,7 @@
 
 from . import hub as hub
 from . import masks as masks
+from . import quantize as quantize
 from . import train as train
 from .layout import stack_layers as stack_layers
 from .layout import unstack_layers as unstack_layers

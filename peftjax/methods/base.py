@@ -27,7 +27,7 @@ import numpy as np
 from .. import masks
 from ..layout import is_stacked, layer_paths
 from ..tree import Tree, flatten, get, matches, nearest, update
-from ..weights import Blocks, Trained, Weight, data_fields, is_node, split
+from ..weights import Blocks, Trained, Weight, data_fields, is_node, quantized_paths, split
 
 LINEAR = ("query", "key", "value", "fused_qkv", "attention_out", "mlp_in", "mlp_out")  # kinds of weights `x @ W`
 
@@ -315,6 +315,8 @@ def mark(name: str, params: Tree, places: Iterable[str | Site]) -> Tree:
     """
 
     def trained(key, x, site):
+        if quantized_paths(x):
+            raise ValueError(f"{name}: {site.path} is quantised, and codes cannot train; leave it out of `quantize`")
         if is_node(x):
             raise ValueError(f"{name}: {site.path} is already a {type(x).__name__}; apply {name} first or leave it out")
         return Trained(x)
