@@ -158,9 +158,8 @@ def _look_up(levels: np.ndarray, codes: jax.Array) -> jax.Array:
 def _nearest(levels: np.ndarray, x: jax.Array) -> jax.Array:
     """The number of the level next to each entry; halfway between two, the lower one."""
     middles = (levels[1:] + levels[:-1]) / 2
-    if len(levels) == len(NORMAL):  # comparisons fuse with what comes before, a search does not
-        return sum((x > m).astype(jnp.uint8) for m in middles)
-    return jnp.searchsorted(jnp.asarray(middles), x).astype(jnp.uint8)
+    method = "compare_all" if len(levels) == len(NORMAL) else "scan"  # the one fuses, of many it takes memory
+    return jnp.searchsorted(jnp.asarray(middles), x, method=method).astype(jnp.uint8)
 
 
 def _blocks(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -232,7 +231,7 @@ def _check_matrix(name: str, w: Any) -> None:
         raise ValueError(f"{name}: got {w.dtype} of shape {w.shape}; expected a floating matrix (..., inputs, outputs)")
 
 
-HOW: dict[str, Callable[[jax.Array], Weight]] = {
+HOW: dict[str, Callable[[jax.Array], Int8 | NF4]] = {
     "int8": int8,
     "nf4": nf4,
     "nf4-double": functools.partial(nf4, double=True),
