@@ -1,6 +1,7 @@
 """Quantised bases: the laws over the table of methods, the numbers against written-out ones, loading, files."""
 
 import gc
+import json
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +29,15 @@ from peftjax import (
 )
 from peftjax import quantize as quantization
 from peftjax.checkpoint import load_adapter, read_header, save_adapter
+from peftjax.cli import main
+from peftjax.compare import _facts, set_up
 from peftjax.methods import bitfit, default_rate, dora, fishmask, full, head, lora
 from peftjax.methods.base import LINEAR
 from peftjax.quantize import DYNAMIC, HOW, NORMAL, int8, nf4, quantize
 from peftjax.run import _once
-from peftjax.tree import flatten
-from peftjax.weights import is_node, is_quantized, map_nodes
+from peftjax.train import Settings
+from peftjax.tree import cast, flatten
+from peftjax.weights import is_node, is_quantized, map_nodes, quantized_paths
 
 WHOLE = ("fishmask+head", "fishmask-random", "lora over fishmask")  # choose entries of weights, here codes
 FROZEN = [name for name, case in CASES.items() if case.base_frozen and name not in WHOLE]
@@ -220,6 +224,19 @@ def test_gradients_over_codes_are_those_over_the_array(models, family, how):
             np.testing.assert_allclose(x, found[0][path], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["lora", "dora-everywhere", "prefix+lora"])
+@pytest.mark.parametrize("how", ["int8", "nf4-double"])
+def test_bfloat16_is_not_widened(models, name, how):
+    small, method = models["gpt2"], CASES[name].method
+    small = small._replace(params=cast(small.params, jnp.bfloat16), module=small.module.clone(dtype=jnp.bfloat16))
+    small = quantized(small, how)
+    params = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, small.sites), small.params)
+    for tree in (params, jax.eval_shape(stack_layers, params)):
+        with jax.numpy_dtype_promotion("strict"):
+            out = jax.eval_shape(lambda p: small.forward(method.resolve(p, None), _batch()), tree)
+        assert out.hidden.dtype == jnp.bfloat16
+
+
 # Loading
 
 
@@ -358,3 +375,49 @@ def test_quantising_says_what_is_wrong(models, tmp_path):
         quantize(quantized(model, "nf4").params, model.sites, "int8")
     with pytest.raises(ValueError, match="per-layer layout"):
         quantize(stack_layers(model.params), model.sites, "nf4")
+
+
+# The command line
+
+
+def test_train_evaluate_and_merge_on_codes(tmp_path, capsys):
+    """QLoRA from the command line: the scores of the trained, the loaded and the merged model agree."""
+    tiny.folder(tmp_path / "gpt2", "gpt2")
+    tiny.data(tmp_path / "sst2", "sst2")
+    base = [f"--model={tmp_path}/gpt2", "--task=sst2", f"--data={tmp_path}/sst2", "--buckets=1"]
+    file = tmp_path / "out/adapter.safetensors"
+    main(["train", *base, "--quantize=nf4", "--method=lora", "--steps=3", f"--out={tmp_path}/out", "--lr=0.05"])
+    result = json.loads((tmp_path / "out/result.json").read_text())
+    assert result["config"]["quantize"] == "nf4"
+    model = hub.load(tmp_path / "gpt2", "classification", labels=["0", "1"], quantize="nf4")
+    trained = 2 * 2 * 8 * (16 + 16) + 2 * 16
+    assert result["trainable"] == trained
+    whole = count(hub.load(tmp_path / "gpt2", "classification", labels=["0", "1"]).params)
+    assert result["share"] == trained / (whole + trained - 2 * 16)
+    assert result["base_bytes"] == nbytes(model.params)
+    capsys.readouterr()
+    main(["evaluate", *base, "--quantize=nf4", f"--adapter={file}"])
+    said = capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["evaluate", *base, f"--adapter={file}"])
+    assert "Load it with quantize='nf4' (--quantize nf4)" in capsys.readouterr().err
+    main(["merge", f"--model={tmp_path}/gpt2", f"--adapter={file}", f"--out={tmp_path}/merged"])
+    merged = hub.load(tmp_path / "merged", "classification")
+    assert not quantized_paths(merged.params)
+    tokens = {"input_ids": jnp.arange(4, 12)[None], "attention_mask": jnp.ones((1, 8), int)}
+    want = model.forward(load_adapter(file, model).params, tokens).logits
+    np.testing.assert_allclose(merged.forward(merged.params, tokens).logits, want, atol=1e-5)
+    capsys.readouterr()
+    main(["evaluate", f"--model={tmp_path}/merged", *base[1:]])
+    assert capsys.readouterr().out == said
+
+
+def test_compare_on_codes_leaves_out_what_must_train_them(tmp_path):
+    tiny.folder(tmp_path / "llama", "llama")
+    tiny.data(tmp_path / "e2e", "e2e")
+    problem, chosen = set_up(
+        f"{tmp_path}/llama", "e2e", f"{tmp_path}/e2e", None, quantize="int8", dtype=jnp.dtype("float32")
+    )
+    assert {"full", "fishmask"}.isdisjoint(e.name for e in chosen)
+    assert [n.partition(" is left out")[0] for n in problem.notes if "quantised" in n] == ["fishmask", "full"]
+    assert "the base's linear weights are quantised: int8" in _facts(problem, Settings(), {"quantize": "int8"})

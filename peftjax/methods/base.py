@@ -8,7 +8,7 @@ The laws that every method obeys (tests/test_methods.py checks them over the tab
 4. Loss falls on a tiny task, and the step compiles once.
 5. Merged parameters give the unmerged function.
 6. Save, load: bit-equal; a wrong base, a missing or an unknown key raises.
-7. A bf16 base with float32 trainables works.
+7. A bf16 base with float32 trainables works; so does a quantised base, where nothing of what is quantised trains.
 8. A pattern that matches nothing, an unknown field or an impossible rank raises and says what to write.
 9. The numerics agree with an independent reference.
 10. `chain` of methods that touch different leaves equals applying both; the same leaf nests or raises.
