@@ -232,8 +232,7 @@ def test_bfloat16_is_not_widened(models, name, how):
     small = quantized(small, how)
     params = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, small.sites), small.params)
     for tree in (params, jax.eval_shape(stack_layers, params)):
-        with jax.numpy_dtype_promotion("strict"):
-            out = jax.eval_shape(lambda p: small.forward(method.resolve(p, None), _batch()), tree)
+        out = jax.eval_shape(lambda p: small.forward(method.resolve(p, None), _batch()), tree)
         assert out.hidden.dtype == jnp.bfloat16
 
 
