@@ -43,7 +43,7 @@ WHOLE = ("fishmask+head", "fishmask-random", "lora over fishmask")  # choose ent
 FROZEN = [name for name, case in CASES.items() if case.base_frozen and name not in WHOLE]
 LAWS = [
     *((name, "llama", "nf4-double") for name in FROZEN),
-    *((name, "llama", "int8") for name in ("lora", "dora-everywhere", "prefix+lora")),
+    *((name, "llama", "int8") for name in ("lora", "dora", "prefix+lora")),
     *((name, family, "nf4") for name in ("dora", "bitfit-subset", "lora over lora") for family in ("gpt2", "bert")),
 ]
 
