@@ -22,6 +22,7 @@ from safetensors.numpy import save
 from .hub import Model, fingerprint
 from .layout import unstack_layers
 from .methods import Method, from_spec
+from .quantize import quantized_as
 from .tree import Tree, flatten, nearest, update
 from .weights import NODES, Blocks, compact, data_fields, is_node, static_fields
 
@@ -57,10 +58,11 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
     """
     params = compact(unstack_layers(method.resolve(params, None)))
     saved = flatten(method.saved(params))
-    nodes = {p: n for p, n in flatten(params, is_leaf=is_node).items() if is_node(n)}
+    base = flatten(model.params, is_leaf=is_node)
+    there = {p: n for p, n in flatten(params, is_leaf=is_node).items() if is_node(n)}
+    nodes = {p: n for p, n in there.items() if not _is_the_bases(p, n, saved, base.get(p))}
     tensors = {p: np.asarray(x) for p, x in flatten(params).items() if saved[p]}
     arrays = sorted(p for p in tensors if not any(p.startswith(n + "/") for n in nodes))
-    base = flatten(model.params)
     if lost := [p for p in flatten(params, is_leaf=is_node) if p not in {*base, *nodes, *arrays}]:
         raise ValueError(f"the method does not save {lost}, and they are not the base's; the file could not be loaded")
     _check_unsaved(model, params, saved)
@@ -69,7 +71,7 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
         "spec": [[name, arguments] for name, arguments in method.spec],
         "base": _base(model),
         "digest": _digest(tensors),
-        "nodes": {p: _describe(p, n, saved, p in base) for p, n in sorted(nodes.items())},
+        "nodes": {p: _describe(p, n, saved, base.get(p)) for p, n in sorted(nodes.items())},
         "arrays": arrays,
         "extra": extra or {},
     }
@@ -80,7 +82,8 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
 def _check_unsaved(model: Model, params: Tree, saved: dict[str, bool]) -> None:
     """What is not saved must be what a reader will have: the base's own arrays, and none that was drawn anew."""
     there = flatten(params, is_leaf=is_node)
-    beneath = {p: _beneath(p, there[p], saved, x) for p, x in flatten(model.params).items() if p in there}
+    base = flatten(model.params, is_leaf=is_node)
+    beneath = {p: _beneath(p, there[p], saved, x) for p, x in base.items() if p in there}
     seen = {p: x for p, x in beneath.items() if x is not None}
     if drawn := [p for p in model.fresh if p in seen]:
         raise ValueError(
@@ -91,15 +94,27 @@ def _check_unsaved(model: Model, params: Tree, saved: dict[str, bool]) -> None:
         raise ValueError("the method changed arrays of the base that it does not save; let `saved` select them too")
 
 
-def _beneath(path: str, x: Any, saved: dict[str, bool], whole: jax.Array) -> jax.Array | None:
-    """What lies under x and is not saved, in the shape of the base's array `whole`; None if all is saved."""
+def _is_the_bases(path: str, x: Any, saved: dict[str, bool], whole: Any) -> bool:
+    """Whether x is the base's own node (a quantised weight), of which nothing is saved."""
+    return (
+        is_node(whole)
+        and jax.tree.structure(x) == jax.tree.structure(whole)
+        and not any(saved[f"{path}/{p}"] for p in flatten(x))
+    )
+
+
+def _beneath(path: str, x: Any, saved: dict[str, bool], whole: Any) -> Any:
+    """What lies under x and is not saved, in the form of the base's array or node `whole`; None if all is saved."""
+    if _is_the_bases(path, x, saved, whole):
+        return x
     if isinstance(x, Blocks):
         pieces = {
             name: _beneath(f"{path}/blocks/{name}", w, saved, x.piece(whole, name)) for name, w in x.blocks.items()
         }
         if all(piece is None for piece in pieces.values()):
             return None
-        return x.join({n: x.piece(whole, n) if piece is None else piece for n, piece in pieces.items()})
+        pieces = {n: x.piece(whole, n) if piece is None else piece for n, piece in pieces.items()}
+        return dataclasses.replace(whole, blocks=pieces) if isinstance(whole, Blocks) else x.join(pieces)
     if is_node(x):
         return _beneath(f"{path}/base", x.base, saved, whole) if "base" in data_fields(x) else None
     return None if saved[path] else x
@@ -142,6 +157,12 @@ def load_adapter(file: str | Path, model: Model) -> Adapter:
     """
     header, tensors = _open(file)
     there, here = header["base"], _base(model)
+    if (then := there.get("quantized")) != (now := here.get("quantized")):
+        way = f"quantize={then!r} (--quantize {then})" if then else "no quantize"
+        raise ValueError(
+            f"{file} was trained over a base quantised as {then or 'nothing'}; this one is quantised as "
+            f"{now or 'nothing'}. Load it with {way}"
+        )
     if there != here:
         raise ValueError(
             f"{file} is an adapter for another base ({there['architecture']} with fingerprint "
@@ -154,7 +175,7 @@ def load_adapter(file: str | Path, model: Model) -> Adapter:
         )
     if header["digest"] != _digest(tensors):
         raise ValueError(f"{file} is corrupted: its tensors do not match the digest in its header")
-    base = flatten(model.params)
+    base = flatten(model.params, is_leaf=is_node)
     if strange := [p for p in header["arrays"] if p not in base]:
         raise ValueError(f"{file}: the base has no {strange}; the nearest paths are {nearest(strange[0], base)}")
     new = {p: jnp.asarray(tensors[p]) for p in header["arrays"]}
@@ -185,7 +206,9 @@ def _open(file: str | Path) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def _base(model: Model) -> dict[str, str]:
-    return {"fingerprint": fingerprint(model), "architecture": model.hf_config.architectures[0]}
+    base = {"fingerprint": fingerprint(model), "architecture": model.hf_config.architectures[0]}
+    how = quantized_as(model.params)
+    return base if how is None else {**base, "quantized": how}
 
 
 def _seal(header: dict) -> str:
@@ -200,22 +223,28 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
     return h.hexdigest()
 
 
-def _describe(path: str, n: Any, saved: dict[str, bool], in_base: bool) -> dict:
-    def field(name, value):
+def _describe(path: str, n: Any, saved: dict[str, bool], whole: Any) -> dict:
+    """A node in JSON; `whole` is the base's array or node that it stands for, if it stands for one."""
+
+    def field(name, value, whole):
         here = f"{path}/{name}"
         if value is None:
             return None
+        beneath = name == "base" or isinstance(n, Blocks)
+        if beneath and _is_the_bases(here, value, saved, whole):
+            return BASE
         if is_node(value):
-            return _describe(here, value, saved, in_base)
+            return _describe(here, value, saved, whole)
         if isinstance(value, dict):
-            return {"items": {k: field(f"{name}/{k}", v) for k, v in value.items()}}
+            parts = whole.blocks if isinstance(whole, Blocks) else dict.fromkeys(value, whole)
+            return {"items": {k: field(f"{name}/{k}", v, parts[k]) for k, v in value.items()}}
         if saved.get(here):
             return SAVED
-        if in_base and (name == "base" or isinstance(n, Blocks)):
+        if beneath and whole is not None:
             return BASE
         raise ValueError(f"the method does not save {here}, and it is not the base's; the file could not be loaded")
 
-    fields = {name: field(name, getattr(n, name)) for name in data_fields(n)}
+    fields = {name: field(name, getattr(n, name), whole) for name in data_fields(n)}
     return {"class": type(n).__name__, "static": static_fields(n), "fields": fields}
 
 
@@ -228,7 +257,7 @@ def _tensor_names(path: str, description: dict) -> list[str]:
 
 
 def _rebuild(file, path: str, description: dict, tensors: dict, whole: Any) -> Any:
-    """The node of a description; `whole` is the base's array that it stands for, if it stands for one."""
+    """The node of a description; `whole` is the base's array or node that it stands for, if it stands for one."""
     cls = NODES.get(description["class"])
     if cls is None:
         raise ValueError(

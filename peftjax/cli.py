@@ -32,6 +32,7 @@ class Base:
       buckets: number of lengths that batches are padded to.
       dtype: of the activations.
       param_dtype: of the base's parameters; what trains is float32.
+      quantize: hold the linear weights of the base in 8 or 4 bits (lora over nf4 is QLoRA).
       fresh_head: draw a new task head even if the model has one.
       remat: recompute the blocks' activations in the backward pass; less memory, more time.
     """
@@ -46,6 +47,7 @@ class Base:
     buckets: int = 3
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "nf4", "nf4-double"] | None = None
     fresh_head: bool = False
     remat: bool = False
 
@@ -283,6 +285,7 @@ def _prepare(b: Base) -> dict:
         "max_buckets": b.buckets,
         "dtype": jnp.dtype(b.dtype),
         "param_dtype": jnp.dtype(b.param_dtype),
+        "quantize": b.quantize,
         "fresh_head": b.fresh_head,
         "remat": b.remat,
     }

@@ -224,7 +224,8 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
     labels = header["extra"].get("labels")
     if purpose == "classification" and labels is None:
         labels = 1
-    model = hub.load(model_name, purpose, labels=labels if purpose == "classification" else None)
+    how = header["base"].get("quantized")  # what is written is the function that was trained
+    model = hub.load(model_name, purpose, labels=labels if purpose == "classification" else None, quantize=how)
     params = load_adapter(adapter, model).params
     return hub.save(model, params, out, hub.load_tokenizer(model_name), jnp.dtype(param_dtype))
 
@@ -306,6 +307,7 @@ def _facts(problem: Problem, s: Settings, options: dict) -> list[str]:
         f"{length}, batches of {s.batch_size}, AdamW, {s.schedule} decay after {100 * s.warmup:g}% warm-up, "
         f"weight decay {s.weight_decay}, {clip}; learning rates in the table",
         f"padded to {', '.join(map(str, problem.buckets))} tokens; activations {problem.model.module.dtype.name}",
+        *([f"the base's linear weights are quantised: {how}"] if (how := options.get("quantize")) else []),
         f"jax {jax.__version__}, {where}",
         f"command: `{shlex.join(['peftjax', *sys.argv[1:]])}`",
     ]

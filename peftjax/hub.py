@@ -1,6 +1,7 @@
 """Hugging Face folders and hub names <-> models: strict both ways, safetensors only, tied stays tied."""
 
 import copy
+import functools
 import hashlib
 import json
 import re
@@ -14,8 +15,9 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
+from . import quantize as quantization
 from .layout import unstack_layers
-from .methods.base import Site
+from .methods.base import Site, select
 from .models import FAMILIES, Family
 from .models.base import hf_name, read_config
 from .models.layers import Output
@@ -89,6 +91,7 @@ def load(
     fresh_head: bool = False,
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
+    quantize: str | None = None,
     remat: bool = False,
     seed: int = 0,
     revision: str | None = None,
@@ -101,6 +104,8 @@ def load(
       labels: number of labels, or their names in id order, of a classifier.
       fresh_head: draw a new task head even if the file has one.
       dtype: of the activations; `param_dtype`: of the parameters. float32 or bfloat16.
+      quantize: 'int8', 'nf4' or 'nf4-double': the linear weights of the blocks are quantised from the file's values
+        as they are read, so that the whole model is never in memory; the other parameters are not quantised.
       seed: of a task head that the file does not have.
       revision: of a hub name.
 
@@ -115,7 +120,7 @@ def load(
     if labels is not None:
         _set_labels(hf_config, labels)
     model = _describe(hf_config, task, dtype, remat, folder)
-    params, missing = _read_params(model, _tensor_files(folder), fresh_head, param_dtype)
+    params, missing = _read_params(model, _tensor_files(folder), fresh_head, param_dtype, quantize)
     heads = {s.module for s in model.sites if s.kind == "head"}
     trained = {p for p in flatten(model.params) if p.rpartition("/")[0] in heads} - set(missing)
     if trained and isinstance(labels, list):
@@ -149,10 +154,13 @@ def from_config(
     *,
     labels: int | list[str] | None = None,
     dtype: Any = jnp.float32,
+    quantize: str | None = None,
     remat: bool = False,
     seed: int | None = 0,
 ) -> Model:
     """A model with random parameters from a transformers config; with seed None only abstract shapes.
+
+    Args: as for `load`.
 
     >>> import transformers
     >>> model = from_config(transformers.BertConfig(), "encoder", seed=None)
@@ -164,9 +172,12 @@ def from_config(
     if labels is not None:
         _set_labels(hf_config, labels)
     model = _describe(hf_config, task, dtype, remat, type(hf_config).__name__)
-    if seed is None:
+    if seed is not None:
+        model = model._replace(params=_init(model, jax.random.key(seed)))
+    if quantize is None:
         return model
-    return model._replace(params=_init(model, jax.random.key(seed)))
+    change = functools.partial(quantization.quantize, sites=model.sites, how=quantize)
+    return model._replace(params=jax.eval_shape(change, model.params) if seed is None else change(model.params))
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -393,8 +404,13 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Any]]:
             raise
 
 
-def _read_params(model: Model, files: list[Path], fresh_head: bool, dtype: Any) -> tuple[Tree, list[str]]:
+def _read_params(
+    model: Model, files: list[Path], fresh_head: bool, dtype: Any, quantize: str | None
+) -> tuple[Tree, list[str]]:
     family, shapes = model.family, flatten(model.params)
+    if quantize is not None:
+        quantization.check(quantize)
+    coded = {} if quantize is None else {s.path: s for s in select(model.params, model.sites, ["linear"])}
     expected = {hf_name(path): path for path in shapes}
     heads = {s.module for s in model.sites if s.kind == "head"}
     optional = {p for p in shapes if p.rpartition("/")[0] in heads}
@@ -423,7 +439,11 @@ def _read_params(model: Model, files: list[Path], fresh_head: bool, dtype: Any) 
                 wrong[path] = f"{name} {shape}, expected {wanted}"
             else:
                 x = f.get_tensor(name)
-                found[path] = (x.T if family.transposed(path) else x).astype(dtype)
+                x = x.T if family.transposed(path) else x
+                if quantize is not None and path in coded:
+                    x = quantization.quantize_at(coded[path], x.astype(jnp.float32), quantize, dtype)
+                    x = jax.block_until_ready(x)  # else the next tensor is read while this one is still in memory
+                found[path] = x if path in coded else x.astype(dtype)
     missing = [p for p in shapes if p not in found]
     excused = optional if optional.isdisjoint([*found, *wrong]) else set()  # a head is there whole or not at all
     absent = [hf_name(p) for p in missing if p not in excused and p not in wrong]

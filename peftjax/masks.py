@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .tree import Tree, flatten, map_with_path, matches, nearest
-from .weights import data_fields, is_node
+from .weights import data_fields, is_node, is_quantized
 
 Mask = Callable[[Tree], Tree]
 
@@ -79,8 +79,12 @@ def _fill(tree, value):
 
 
 def everything(params: Tree) -> Tree:
-    """Every floating leaf."""
-    return jax.tree.map(lambda x: bool(jnp.issubdtype(x.dtype, jnp.floating)), params)
+    """Every floating leaf but those of quantised weights, which only scale codes."""
+
+    def visit(x):
+        return _fill(x, False) if is_quantized(x) else bool(jnp.issubdtype(x.dtype, jnp.floating))
+
+    return jax.tree.map(visit, params, is_leaf=is_quantized)
 
 
 def any_of(*masks: Mask) -> Mask:

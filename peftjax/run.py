@@ -20,9 +20,10 @@ from .checkpoint import save_adapter, write_atomically
 from .hub import BUNDLED, Model, fingerprint
 from .methods import METHODS, Method, build, chain, default_rate, head, parse, with_text_ids
 from .problem import Evaluator, Problem, objective
+from .quantize import quantized_as
 from .train import Settings, fit
-from .tree import count, nbytes
-from .weights import map_nodes
+from .tree import count, flatten, nbytes
+from .weights import is_node, is_quantized, map_nodes
 
 SAMPLES = 5
 # What is compared where nobody says: the survey's three kinds, each with its best-known members.
@@ -112,11 +113,13 @@ def configuration(problem: Problem, method: Method | None, settings: Settings | 
         "spec": [[name, arguments] for name, arguments in method.spec] if method else [],
         "settings": settings_,
         "dtype": jax.numpy.dtype(problem.model.module.dtype).name,
-        "param_dtype": str(jax.tree.leaves(problem.model.params)[0].dtype),
+        "param_dtype": str(next(iter(flatten(problem.model.params, is_leaf=is_node).values())).dtype),
         "remat": problem.model.module.remat,
         "buckets": problem.buckets,
         "max_new_tokens": problem.max_new_tokens,
     }
+    if how := quantized_as(problem.model.params):
+        config["quantize"] = how
     return json.loads(json.dumps(config))  # as `config.json` gives it back
 
 
@@ -248,7 +251,9 @@ def zero_shot(problem: Problem, folder: str | Path, *, evaluator: Evaluator | No
 
 
 def _once(path: str, n: Any) -> Any:
-    """A node without what is counted with its base."""
+    """A node without what is counted with its base; a quantised one as the array that it stands for."""
+    if is_quantized(n):
+        return jax.ShapeDtypeStruct(n.shape, n.dtype)
     return dataclasses.replace(n, **dict.fromkeys(getattr(type(n), "repeats", ())))
 
 

@@ -26,7 +26,7 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-from .tree import map_with_path
+from .tree import flatten, map_with_path
 
 NODES: dict[str, type] = {}  # class name -> class; adapter files name nodes by it
 
@@ -69,6 +69,16 @@ def static_fields(n: Any) -> dict[str, Any]:
     return {f.name: getattr(n, f.name) for f in dataclasses.fields(n) if f.metadata.get("static")}
 
 
+def is_quantized(x: Any) -> bool:
+    """True for a weight that holds its array as codes (`peftjax.quantize`)."""
+    return isinstance(x, Weight) and x.quantized
+
+
+def quantized_paths(tree: Any) -> list[str]:
+    """The paths of quantised weights, those inside other nodes too."""
+    return [p for p, x in flatten(tree, is_leaf=is_quantized).items() if is_quantized(x)]
+
+
 def map_nodes(f: Callable, tree: Any) -> Any:
     """Rewrites every node to `f(path, node)`, those inside other nodes first; all else stays."""
 
@@ -96,6 +106,7 @@ class Weight:
     base: Any
     trains: tuple[str, ...] = ()  # names of the fields that train
     repeats: tuple[str, ...] = ()  # names of the fields that stand for entries of the base and add none
+    quantized: bool = False  # of a class: its fields are codes for the array's entries, and none of them can train
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -220,8 +231,10 @@ class Blocks(Weight):
         first = next(iter(self.blocks.values()))
         return first if first is None or isinstance(first, bool) else self.join(self.blocks)
 
-    def piece(self, whole: jax.Array, name: str) -> jax.Array:
-        """The columns of `whole` that a block stands for."""
+    def piece(self, whole: Any, name: str) -> Any:
+        """The columns of `whole`, an array or blocks of the same columns, that a block stands for."""
+        if isinstance(whole, Blocks):
+            return whole.blocks[name]
         return next(whole[..., first:end] for n, first, end in self.columns if n == name)
 
 

@@ -8,7 +8,7 @@ The laws that every method obeys (tests/test_methods.py checks them over the tab
 4. Loss falls on a tiny task, and the step compiles once.
 5. Merged parameters give the unmerged function.
 6. Save, load: bit-equal; a wrong base, a missing or an unknown key raises.
-7. A bf16 base with float32 trainables works.
+7. A bf16 base with float32 trainables works; so does a quantised base, where nothing of what is quantised trains.
 8. A pattern that matches nothing, an unknown field or an impossible rank raises and says what to write.
 9. The numerics agree with an independent reference.
 10. `chain` of methods that touch different leaves equals applying both; the same leaf nests or raises.
@@ -27,7 +27,7 @@ import numpy as np
 from .. import masks
 from ..layout import is_stacked, layer_paths
 from ..tree import Tree, flatten, get, matches, nearest, update
-from ..weights import Blocks, Trained, Weight, data_fields, is_node, split
+from ..weights import Blocks, Trained, Weight, data_fields, is_node, quantized_paths, split
 
 LINEAR = ("query", "key", "value", "fused_qkv", "attention_out", "mlp_in", "mlp_out")  # kinds of weights `x @ W`
 
@@ -332,6 +332,8 @@ def mark(name: str, params: Tree, places: Iterable[str | Site]) -> Tree:
     """
 
     def trained(key, x, site):
+        if quantized_paths(x):
+            raise ValueError(f"{name}: {site.path} is quantised, and codes cannot train; leave it out of `quantize`")
         if is_node(x):
             raise ValueError(f"{name}: {site.path} is already a {type(x).__name__}; apply {name} first or leave it out")
         return Trained(x)

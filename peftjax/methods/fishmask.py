@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from .. import masks
 from ..tree import Tree, combine, flatten, map_with_path, partition
-from ..weights import Blocks, Weight, data_fields, is_node, materialize, node
+from ..weights import Blocks, Weight, data_fields, is_node, materialize, node, quantized_paths
 from .base import Method, Site, method, path_key, replace, select
 
 NOWHERE = np.iinfo(np.int32).max  # an index beyond any array: padding, which the scatter drops
@@ -272,6 +272,11 @@ def _candidates(params: Tree, sites: tuple[Site, ...], targets: Sequence[str] | 
             x = x.blocks[site.part]
         elif x is not None and not is_node(x):
             x = site.columns(x)
+        if x is not None and quantized_paths(x):
+            raise ValueError(
+                f"fishmask: the base is quantised ({site.path}), and codes cannot train one by one; load it without "
+                "quantize, or give targets that are not quantised, such as ['embedding', '.*/bias']"
+            )
         if isinstance(x, Weight):
             wraps = "base" in data_fields(x)
             first = ", or put fishmask first, so that the other method wraps what it leaves" if wraps else ""
