@@ -7,9 +7,11 @@ rewritten path the class, static fields and nesting of its node, a digest of the
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +28,7 @@ from .tree import Tree, flatten, nearest, update
 from .weights import NODES, Blocks, data_fields, is_node, static_fields
 
 FORMAT = 1
-SAVED, BASE = "saved", "base"
+SAVED, BASE, REGROWN = "saved", "base", "regrown"
 
 
 class Adapter(NamedTuple):
@@ -69,7 +71,7 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
         "spec": [[name, arguments] for name, arguments in method.spec],
         "base": _base(model),
         "digest": _digest(tensors),
-        "nodes": {p: _describe(p, n, saved, p in base) for p, n in sorted(nodes.items())},
+        "nodes": _describe_all(nodes, saved, base),
         "arrays": arrays,
         "extra": extra or {},
     }
@@ -158,7 +160,8 @@ def load_adapter(file: str | Path, model: Model) -> Adapter:
     if strange := [p for p in header["arrays"] if p not in base]:
         raise ValueError(f"{file}: the base has no {strange}; the nearest paths are {nearest(strange[0], base)}")
     new = {p: jnp.asarray(tensors[p]) for p in header["arrays"]}
-    new |= {p: _rebuild(file, p, d, tensors, base.get(p)) for p, d in header["nodes"].items()}
+    regrow = functools.cache(_regrow)
+    new |= {p: _rebuild(file, p, d, tensors, base.get(p), regrow) for p, d in header["nodes"].items()}
     for path, x in new.items():
         if path in base and x.shape != base[path].shape:
             raise ValueError(f"{file}: {path} has shape {x.shape}, the base has {base[path].shape}")
@@ -200,13 +203,31 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
     return h.hexdigest()
 
 
-def _describe(path: str, n: Any, saved: dict[str, bool], in_base: bool) -> dict:
+def _describe_all(nodes: dict[str, Any], saved: dict[str, bool], base: dict) -> dict[str, dict]:
+    regrow = functools.cache(_regrow)
+    return {p: _describe(p, n, saved, p in base, regrow) for p, n in sorted(nodes.items())}
+
+
+def _regrow(cls: Any, statics: str) -> dict[str, Any]:
+    """The fields that a class makes of its static ones, these as JSON; with a cache, all nodes share them."""
+    return cls.regrow(**{k: _tuples(v) for k, v in json.loads(statics).items()})
+
+
+def _key(statics: dict) -> str:
+    return json.dumps(statics, sort_keys=True)
+
+
+def _describe(path: str, n: Any, saved: dict[str, bool], in_base: bool, regrow: Callable) -> dict:
     def field(name, value):
         here = f"{path}/{name}"
         if value is None:
             return None
         if is_node(value):
-            return _describe(here, value, saved, in_base)
+            return _describe(here, value, saved, in_base, regrow)
+        if name in getattr(type(n), "regrows", ()) and not saved.get(here):
+            if not np.array_equal(value, regrow(type(n), _key(static_fields(n)))[name]):
+                raise ValueError(f"{here} is not what its node's static fields give; let the method save it")
+            return REGROWN
         if isinstance(value, dict):
             return {"items": {k: field(f"{name}/{k}", v) for k, v in value.items()}}
         if saved.get(here):
@@ -227,7 +248,7 @@ def _tensor_names(path: str, description: dict) -> list[str]:
     return out
 
 
-def _rebuild(file, path: str, description: dict, tensors: dict, whole: Any) -> Any:
+def _rebuild(file, path: str, description: dict, tensors: dict, whole: Any, regrow: Callable) -> Any:
     """The node of a description; `whole` is the base's array that it stands for, if it stands for one."""
     cls = NODES.get(description["class"])
     if cls is None:
@@ -241,7 +262,9 @@ def _rebuild(file, path: str, description: dict, tensors: dict, whole: Any) -> A
 
     def field(here, d, whole):
         if isinstance(d, dict):
-            return _rebuild(file, here, d, tensors, whole)
+            return _rebuild(file, here, d, tensors, whole, regrow)
+        if d == REGROWN:
+            return regrow(cls, _key(description["static"]))[here.rpartition("/")[2]]
         return jnp.asarray(tensors[here]) if d == SAVED else None if d is None else whole
 
     for name, d in description["fields"].items():
