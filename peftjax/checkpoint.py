@@ -66,12 +66,13 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
     if lost := [p for p in flatten(params, is_leaf=is_node) if p not in {*base, *nodes, *arrays}]:
         raise ValueError(f"the method does not save {lost}, and they are not the base's; the file could not be loaded")
     _check_unsaved(model, params, saved)
+    regrow = _regrow_once()
     header = {
         "format": FORMAT,
         "spec": [[name, arguments] for name, arguments in method.spec],
         "base": _base(model),
         "digest": _digest(tensors),
-        "nodes": _describe_all(nodes, saved, base),
+        "nodes": {p: _describe(p, n, saved, p in base, regrow) for p, n in sorted(nodes.items())},
         "arrays": arrays,
         "extra": extra or {},
     }
@@ -160,7 +161,7 @@ def load_adapter(file: str | Path, model: Model) -> Adapter:
     if strange := [p for p in header["arrays"] if p not in base]:
         raise ValueError(f"{file}: the base has no {strange}; the nearest paths are {nearest(strange[0], base)}")
     new = {p: jnp.asarray(tensors[p]) for p in header["arrays"]}
-    regrow = functools.cache(_regrow)
+    regrow = _regrow_once()
     new |= {p: _rebuild(file, p, d, tensors, base.get(p), regrow) for p, d in header["nodes"].items()}
     for path, x in new.items():
         if path in base and x.shape != base[path].shape:
@@ -203,18 +204,14 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
     return h.hexdigest()
 
 
-def _describe_all(nodes: dict[str, Any], saved: dict[str, bool], base: dict) -> dict[str, dict]:
-    regrow = functools.cache(_regrow)
-    return {p: _describe(p, n, saved, p in base, regrow) for p, n in sorted(nodes.items())}
+def _regrow_once() -> Callable[[Any, dict], dict[str, Any]]:
+    """(class, static fields) -> the fields that the class makes of them; equal ones are made once and shared."""
 
+    @functools.cache
+    def regrow(cls, statics):
+        return cls.regrow(**{k: _tuples(v) for k, v in json.loads(statics).items()})
 
-def _regrow(cls: Any, statics: str) -> dict[str, Any]:
-    """The fields that a class makes of its static ones, these as JSON; with a cache, all nodes share them."""
-    return cls.regrow(**{k: _tuples(v) for k, v in json.loads(statics).items()})
-
-
-def _key(statics: dict) -> str:
-    return json.dumps(statics, sort_keys=True)
+    return lambda cls, statics: regrow(cls, json.dumps(statics, sort_keys=True))
 
 
 def _describe(path: str, n: Any, saved: dict[str, bool], in_base: bool, regrow: Callable) -> dict:
@@ -225,7 +222,7 @@ def _describe(path: str, n: Any, saved: dict[str, bool], in_base: bool, regrow: 
         if is_node(value):
             return _describe(here, value, saved, in_base, regrow)
         if name in getattr(type(n), "regrows", ()) and not saved.get(here):
-            if not np.array_equal(value, regrow(type(n), _key(static_fields(n)))[name]):
+            if not np.array_equal(value, regrow(type(n), static_fields(n))[name]):
                 raise ValueError(f"{here} is not what its node's static fields give; let the method save it")
             return REGROWN
         if isinstance(value, dict):
@@ -264,7 +261,7 @@ def _rebuild(file, path: str, description: dict, tensors: dict, whole: Any, regr
         if isinstance(d, dict):
             return _rebuild(file, here, d, tensors, whole, regrow)
         if d == REGROWN:
-            return regrow(cls, _key(description["static"]))[here.rpartition("/")[2]]
+            return regrow(cls, description["static"])[here.rpartition("/")[2]]
         return jnp.asarray(tensors[here]) if d == SAVED else None if d is None else whole
 
     for name, d in description["fields"].items():

@@ -96,7 +96,7 @@ class Weight:
     base: Any
     trains: tuple[str, ...] = ()  # names of the fields that train
     repeats: tuple[str, ...] = ()  # names of the fields that stand for entries of the base and add none
-    regrows: tuple[str, ...] = ()  # names of the fields that `regrow(**static fields)` makes, so that no file holds them
+    regrows: tuple[str, ...] = ()  # names of the fields that `regrow(**static fields)` makes: no file holds them
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -906,7 +906,7 @@ def test_parse():
         ("lora - head", "cannot read 'lora - head'"),
         ("'lora'", "cannot read"),
         ("lora(rank=open('x'))", "cannot read the argument rank=open"),
-        ("lorra", "there is no method 'lorra'; the methods are full, head, bitfit, fishmask, lora, dora, prefix"),
+        ("lorra", "there is no method 'lorra'; the methods are full, head, bitfit, fishmask, lora.*prefix"),
         ("lora(ranks=4)", r"lora: .*'ranks'.*; its arguments are \['rank', 'alpha'"),
         ("lora(rank=0)", "rank must be a whole number"),
     ],
@@ -925,6 +925,7 @@ def test_specs_build_the_method_again(name, key):
     sites = (*sites, Site("h_0", "attention", 0, 4, (2, 2, 2)), Site("h_1", "positions"))
     small = {"lora": {"rank": 2, "alpha_pattern": {"query": 3}}, "dora": {"rank": 2}}
     small["fishmask"] = {"fraction": 0.5, "score": "random"}
+    small |= {relative: {"rank": 2} for relative in ("lora_plus", "lora_fa", "pissa", "olora")}
     arguments = small.get(name, {})
     one = build(name, arguments)
     spec = json.loads(json.dumps(one.spec))

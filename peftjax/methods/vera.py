@@ -90,9 +90,9 @@ def vera(
     """Trains two vectors a weight between random matrices that all share: `h = W x + Λ_b B Λ_d A x`.
 
     Kopiczko et al. 2024 (arXiv:2310.11454), section 3, equation 2. A and B are drawn once for all targets, as Hugging
-    Face PEFT draws them: as large as the widest target needs, each target taking the first rows and columns. They follow
-    from the seed, so a file holds d and b alone, and they count as no parameters. b starts at zero, so the function
-    starts unchanged. Here weights act from the right, so A is (inputs, r) and B is (r, outputs).
+    Face PEFT draws them: as large as the widest target needs, each target taking the first rows and columns. They
+    follow from the seed, so a file holds d and b alone, and they count as no parameters. b starts at zero, so the
+    function starts unchanged. Here weights act from the right, so A is (inputs, r) and B is (r, outputs).
 
     Args:
       rank: r, at least 1; since only r scalars train by it, it may exceed the weights' sides (the paper: 256 to 1024).
@@ -107,7 +107,8 @@ def vera(
 
     >>> params = {"q": {"kernel": jnp.ones((6, 4))}, "v": {"kernel": jnp.ones((6, 2))}}
     >>> new = vera(rank=8, targets=["./kernel"]).init(jax.random.key(0), params, ())
-    >>> new["v"]["kernel"].d.shape, new["v"]["kernel"].b.shape, new["q"]["kernel"].shared_b is new["v"]["kernel"].shared_b
+    >>> q, v = new["q"]["kernel"], new["v"]["kernel"]
+    >>> v.d.shape, v.b.shape, q.shared_b is v.shared_b
     ((8,), (2,), True)
     """
     arguments = {
@@ -120,7 +121,7 @@ def vera(
         value = arguments[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ValueError(f"vera: {name} must be a whole number of at least {least}; got {value!r}")
-    if isinstance(d_initial, str | bool) or not d_initial != 0 or not abs(d_initial) < float("inf"):
+    if isinstance(d_initial, str | bool) or d_initial == 0 or not abs(d_initial) < float("inf"):
         raise ValueError(f"vera: d_initial must be a number other than 0, such as 0.1; got {d_initial!r}")
 
     def init(key, params, sites):
