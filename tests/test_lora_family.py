@@ -34,7 +34,7 @@ from peftjax.methods.pissa import Moved, fast_svd
 from peftjax.methods.vera import VeRA
 from peftjax.models.base import hf_name
 from peftjax.run import _once
-from peftjax.train import Settings, make_optimizer
+from peftjax.train import Settings, fit, make_optimizer
 from peftjax.tree import combine, count, flatten, map_with_path
 from peftjax.weights import attend, dot, is_node, map_nodes, take
 
@@ -138,9 +138,9 @@ def test_moved_is_pefts(pair, name):  # noqa: F811 - a fixture
 
 
 def some_moved(key, rows=7, columns=5, r=3, dtype=jnp.float32, **settings):
-    shapes = {"w": (rows, columns), "a": (rows, r), "b": (r, columns), "a0": (rows, r), "b0": (r, columns)}
-    w, *factors = (jax.random.normal(k, s) for k, s in zip(jax.random.split(key, 5), shapes.values(), strict=True))
-    return Moved(w.astype(dtype), *factors, **settings)
+    shapes = ((rows, columns), (rows, r), (r, columns), (rows, r), (r, columns))
+    w, a, b, a0, b0 = (jax.random.normal(k, s) for k, s in zip(jax.random.split(key, 5), shapes, strict=True))
+    return Moved(w.astype(dtype), a, b, a0, b0, **settings)
 
 
 def test_moved_products_are_the_equation(key):
@@ -447,6 +447,24 @@ def test_vera_shares_two_arrays_and_saves_none(pair, tmp_path):  # noqa: F811 - 
     assert count(map_nodes(_once, params)) == count(base.ours.params) + added
 
 
+def test_veras_shared_arrays_are_given_once_to_the_training_step(pair):  # noqa: F811 - a fixture
+    """The plan of the step is far smaller than the arrays of all leaves."""
+    base, method = pair("bert"), vera(4096, ["linear"])
+    batch = {k: x[:1, :3] for k, x in base.batch.items()}
+
+    def loss(params, batch, key):
+        return (base.ours.forward(params, batch).logits ** 2).sum(), jnp.float32(1)
+
+    params = start(base, method)
+    settings = Settings(steps=2, batch_size=1)
+    fitted = fit(params, method, loss, lambda i: iter([batch]), 1, settings, evaluate=lambda p: {"loss": 1.0})
+    leaves = sum(x.nbytes for x in jax.tree.leaves(params))
+    once = sum(x.nbytes for x in {id(x): x for x in jax.tree.leaves(params)}.values())
+    assert fitted.peak_bytes < leaves / 2
+    assert once < leaves / 4
+    assert len({id(n.shared_a) for n in nodes(fitted.params, VeRA).values()}) == 1
+
+
 def test_vera_with_other_shared_arrays_is_not_saved(pair, tmp_path):  # noqa: F811 - a fixture
     base, method = pair("bert"), vera(4)
     params = map_with_path(lambda p, x: x + 1 if p.endswith("shared_b") else x, start(base, method))
@@ -472,7 +490,7 @@ def test_vera_products_are_the_equation(key):
     keys = jax.random.split(key, 3)
     shared = VeRA.regrow(0, (9, 4, 8))
     d, b = jax.random.normal(keys[0], (4,)), jax.random.normal(keys[1], (5,))
-    v = VeRA(jax.random.normal(keys[2], (7, 5)), d, b, **shared, sizes=(9, 4, 8))
+    v = VeRA(jax.random.normal(keys[2], (7, 5)), d, b, shared["shared_a"], shared["shared_b"], sizes=(9, 4, 8))
     w, a, up = (np.asarray(x, np.float64) for x in (v.base, shared["shared_a"][:7], shared["shared_b"][:, :5]))
     dense = w + a @ np.diag(np.asarray(d, np.float64)) @ up @ np.diag(np.asarray(b, np.float64))
     x, y = np.random.default_rng(0).normal(size=(2, 7)), np.random.default_rng(1).normal(size=(2, 5))
