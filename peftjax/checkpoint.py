@@ -3,13 +3,16 @@
 An adapter file is one safetensors file: the leaves that the method saves, named by their paths, and a JSON
 header under the metadata key `peftjax`. The header holds the method's spec, the base's fingerprint, for every
 rewritten path the class, static fields and nesting of its node, a digest of the tensors and one of all this
-(`seal`). Loading needs neither data nor `init`.
+(`seal`). Fields that a class can `regrow` from its static ones, such as VeRA's random matrices, are in no file.
+Loading needs neither data nor `init`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +30,7 @@ from .tree import Tree, flatten, nearest, update
 from .weights import NODES, Blocks, compact, data_fields, is_node, static_fields
 
 FORMAT = 1
-SAVED, BASE = "saved", "base"
+SAVED, BASE, REGROWN = "saved", "base", "regrown"
 
 
 class Adapter(NamedTuple):
@@ -66,12 +69,13 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
     if lost := [p for p in flatten(params, is_leaf=is_node) if p not in {*base, *nodes, *arrays}]:
         raise ValueError(f"the method does not save {lost}, and they are not the base's; the file could not be loaded")
     _check_unsaved(model, params, saved)
+    regrow = _regrow_once()
     header = {
         "format": FORMAT,
         "spec": [[name, arguments] for name, arguments in method.spec],
         "base": _base(model),
         "digest": _digest(tensors),
-        "nodes": {p: _describe(p, n, saved, base.get(p)) for p, n in sorted(nodes.items())},
+        "nodes": {p: _describe(p, n, saved, base.get(p), regrow) for p, n in sorted(nodes.items())},
         "arrays": arrays,
         "extra": extra or {},
     }
@@ -179,7 +183,8 @@ def load_adapter(file: str | Path, model: Model) -> Adapter:
     if strange := [p for p in header["arrays"] if p not in base]:
         raise ValueError(f"{file}: the base has no {strange}; the nearest paths are {nearest(strange[0], base)}")
     new = {p: jnp.asarray(tensors[p]) for p in header["arrays"]}
-    new |= {p: _rebuild(file, p, d, tensors, base.get(p)) for p, d in header["nodes"].items()}
+    regrow = _regrow_once()
+    new |= {p: _rebuild(file, p, d, tensors, base.get(p), regrow) for p, d in header["nodes"].items()}
     for path, x in new.items():
         if path in base and x.shape != base[path].shape:
             raise ValueError(f"{file}: {path} has shape {x.shape}, the base has {base[path].shape}")
@@ -223,7 +228,17 @@ def _digest(tensors: dict[str, np.ndarray]) -> str:
     return h.hexdigest()
 
 
-def _describe(path: str, n: Any, saved: dict[str, bool], whole: Any) -> dict:
+def _regrow_once() -> Callable[[Any, dict], dict[str, Any]]:
+    """(class, static fields) -> the fields that the class makes of them; equal ones are made once and shared."""
+
+    @functools.cache
+    def regrow(cls, statics):
+        return cls.regrow(**{k: _tuples(v) for k, v in json.loads(statics).items()})
+
+    return lambda cls, statics: regrow(cls, json.dumps(statics, sort_keys=True))
+
+
+def _describe(path: str, n: Any, saved: dict[str, bool], whole: Any, regrow: Callable) -> dict:
     """A node in JSON; `whole` is the base's array or node that it stands for, if it stands for one."""
 
     def field(name, value, whole):
@@ -234,7 +249,11 @@ def _describe(path: str, n: Any, saved: dict[str, bool], whole: Any) -> dict:
         if beneath and _is_the_bases(here, value, saved, whole):
             return BASE
         if is_node(value):
-            return _describe(here, value, saved, whole)
+            return _describe(here, value, saved, whole, regrow)
+        if name in getattr(type(n), "regrows", ()) and not saved.get(here):
+            if not np.array_equal(value, regrow(type(n), static_fields(n))[name]):
+                raise ValueError(f"{here} is not what its node's static fields give; let the method save it")
+            return REGROWN
         if isinstance(value, dict):
             parts = whole.blocks if isinstance(whole, Blocks) else dict.fromkeys(value, whole)
             return {"items": {k: field(f"{name}/{k}", v, parts[k]) for k, v in value.items()}}
@@ -256,7 +275,7 @@ def _tensor_names(path: str, description: dict) -> list[str]:
     return out
 
 
-def _rebuild(file, path: str, description: dict, tensors: dict, whole: Any) -> Any:
+def _rebuild(file, path: str, description: dict, tensors: dict, whole: Any, regrow: Callable) -> Any:
     """The node of a description; `whole` is the base's array or node that it stands for, if it stands for one."""
     cls = NODES.get(description["class"])
     if cls is None:
@@ -270,7 +289,9 @@ def _rebuild(file, path: str, description: dict, tensors: dict, whole: Any) -> A
 
     def field(here, d, whole):
         if isinstance(d, dict):
-            return _rebuild(file, here, d, tensors, whole)
+            return _rebuild(file, here, d, tensors, whole, regrow)
+        if d == REGROWN:
+            return regrow(cls, description["static"])[here.rpartition("/")[2]]
         return jnp.asarray(tensors[here]) if d == SAVED else None if d is None else whole
 
     for name, d in description["fields"].items():

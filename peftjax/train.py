@@ -20,7 +20,7 @@ import optax
 from .checkpoint import StateFolder, write_atomically
 from .layout import stack_layers
 from .methods import Method
-from .tree import Tree, cast, combine, count, map_with_path, partition
+from .tree import Tree, cast, combine, count, distinct, map_with_path, partition
 
 Objective = Callable[[Tree, dict, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -233,20 +233,26 @@ def fit(
     total = settings.steps or settings.epochs * steps_per_epoch
     tx = make_optimizer(settings, total, method)
     state, frozen = start(method, params, tx, settings.layout)
+    frozen, whole = distinct(frozen)
     trained = count(partition(params, method.trainable(params))[0])  # before stacking, which may pad
     best_trainable, best = jax.tree.map(jnp.copy, state.trainable), None
     log = _Log(folder)
-    compiled = _Compiled(make_step(objective, method, tx, settings.accumulate))
+    inner = make_step(objective, method, tx, settings.accumulate)
+
+    def step(state, frozen, batch, key):
+        return inner(state, whole(frozen), batch, key)
+
+    compiled = _Compiled(step)
     times: list[float] = []
     states = None if folder is None else StateFolder(Path(folder) / "state")
-    if states is not None and (step := states.latest()) is not None:
-        (state, best_trainable), meta = states.restore(step, (state, best_trainable))
+    if states is not None and (newest := states.latest()) is not None:
+        (state, best_trainable), meta = states.restore(newest, (state, best_trainable))
         state, best_trainable = jax.tree.map(jnp.asarray, (state, best_trainable))
         state = state._replace(finite=jnp.bool_(True))  # what stopped the run may be gone
         best, times, compiled.peaks = meta["best"], meta["times"], meta["peaks"]
         began -= meta["seconds"]
     key = jax.random.key(settings.seed)
-    resolved = jax.jit(lambda t, f: method.resolve(combine(t, f), None))
+    resolved = jax.jit(lambda t, f: method.resolve(combine(t, whole(f)), None))
     done = int(state.step)
     log.keep(done)  # also without a state: a kill may have come before the first one was saved
 
@@ -302,7 +308,7 @@ def fit(
     if best is None:
         best_trainable = state.trainable
     return Fitted(
-        params=combine(best_trainable, frozen),
+        params=combine(best_trainable, whole(frozen)),
         history=log.records,
         best=best,
         trainable=trained,

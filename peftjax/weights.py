@@ -107,6 +107,7 @@ class Weight:
     trains: tuple[str, ...] = ()  # names of the fields that train
     repeats: tuple[str, ...] = ()  # names of the fields that stand for entries of the base and add none
     quantized: bool = False  # of a class: its fields are codes for the array's entries, and none of them can train
+    regrows: tuple[str, ...] = ()  # names of the fields that `regrow(**static fields)` makes: no file holds them
 
     @property
     def shape(self) -> tuple[int, ...]:

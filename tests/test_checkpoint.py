@@ -15,7 +15,22 @@ from safetensors.numpy import load_file, save_file
 
 from peftjax import chain, checkpoint, hub, method, stack_layers
 from peftjax.checkpoint import StateFolder, load_adapter, read_header, save_adapter, write_atomically
-from peftjax.methods import adalora, bitfit, dora, dylora, fishmask, full, head, lora, prefix
+from peftjax.methods import (
+    adalora,
+    bitfit,
+    dora,
+    dylora,
+    fishmask,
+    full,
+    head,
+    lora,
+    lora_fa,
+    lora_plus,
+    olora,
+    pissa,
+    prefix,
+    vera,
+)
 from peftjax.tree import flatten, get, update
 from peftjax.weights import NODES
 
@@ -27,6 +42,12 @@ ADAPTERS = {
     "lora+fishmask": chain(fishmask(count=99, targets=["query"], score="random"), lora(rank=2, targets=["query"])),
     "lora": lora(rank=2, targets=["linear"], rank_pattern={"query": 3}, dropout=0.1, rslora=True),
     "dora": dora(rank=2, targets=["linear", "embedding"], dropout=0.1),
+    "lora_plus": lora_plus(rank=2, ratio=8),
+    "lora_fa": lora_fa(rank=2, targets=["linear"]),
+    "pissa": pissa(rank=2, alpha=3, niter=1),
+    "olora": olora(rank=2, targets=["linear"], dropout=0.1),
+    "vera": vera(rank=7, targets=["linear"], seed=5),
+    "lora over vera": chain(vera(rank=7), lora(rank=2)),
     "lora-tied": lora(rank=2, targets=["embedding", "query"], tied_embedding="take"),
     "adalora": adalora(2, 3, targets=["linear", "embedding"], dropout=0.1),
     "dylora": dylora(3, alpha=5, targets=["linear", "embedding"], dropout=0.1, frozen=True),
@@ -39,6 +60,8 @@ ADAPTERS = {
 PARTS = {  # on GPT-2, whose query, key and value are blocks of one weight
     "lora": lora(rank=2),
     "dora, then lora over it": chain(dora(rank=2), lora(rank=1, targets=["query"])),
+    "pissa, and the third part with olora": chain(pissa(rank=2), olora(rank=1, targets=["key"])),
+    "vera": vera(rank=5),
     "entries of one block": fishmask(count=40, targets=["key"], score="random"),
     "one block, thrice": chain(*(lora(rank=r, targets=["key"]) for r in (1, 2, 3))),
     "inside a whole": chain(lora(rank=2, targets=["value"]), lora(rank=3, targets=["linear"]), bitfit(["query"])),

@@ -27,14 +27,19 @@ from peftjax.methods import (
     head,
     ia3,
     lora,
+    lora_fa,
+    lora_plus,
     mam,
     norm_tuning,
+    olora,
     p_tuning,
     parallel_adapter,
     pfeiffer,
+    pissa,
     prefix,
     prompt,
     trainable_tokens,
+    vera,
 )
 from peftjax.train import Settings, fit
 from peftjax.tree import cast, flatten, map_with_path
@@ -193,6 +198,47 @@ CASES = {
         lora(rank=3, alpha=5),
         r".*/(query|value|q_proj|v_proj)(/kernel)?/[ab]",
         lambda s, n: _lora_count(3, (D, D), (D, s.kv)),
+    ),
+    "lora_plus": Case(
+        lora_plus(rank=3, alpha=5, ratio=4),
+        r".*/(query|value|q_proj|v_proj)(/kernel)?/[ab]",
+        lambda s, n: _lora_count(3, (D, D), (D, s.kv)),
+    ),
+    "lora_fa": Case(
+        lora_fa(rank=3, alpha=5, dropout=0.1),
+        r".*/(query|value|q_proj|v_proj)(/kernel)?/b",
+        lambda s, n: LAYERS * 3 * (D + s.kv),
+    ),
+    "lora+lora_fa": Case(
+        chain(lora(rank=2, targets=["attention_out"]), lora_fa(rank=3, targets=["mlp_out"])),
+        r".*/(o_proj|attention/output/dense|attn/c_proj)/kernel/[ab]"
+        r"|.*/(down_proj|layer_\d/output/dense|mlp/c_proj)/kernel/b",
+        lambda s, n: LAYERS * (2 * 2 * D + 3 * D),
+    ),
+    "pissa": Case(
+        pissa(rank=3, alpha=5),
+        r".*/(query|value|q_proj|v_proj)(/kernel)?/[ab]",
+        lambda s, n: _lora_count(3, (D, D), (D, s.kv)),
+    ),
+    "pissa-everywhere": Case(
+        pissa(rank=2, niter=2, dropout=0.2, targets=["linear", "embedding"], rank_pattern={"mlp_out": 1}),
+        r".*(layer|layers|h)_\d+/.*/kernel/[ab]|.*/(word_embeddings|embed_tokens|wte)/embedding/[ab]",
+        lambda s, n: 2 * (VOCAB + D) + LAYERS * (2 * s.attention + 2 * s.mlp_in * (D + FF) + (FF + D)),
+    ),
+    "olora": Case(
+        olora(rank=3, alpha=2, targets=["linear"]),
+        r".*(layer|layers|h)_\d+/.*/kernel/[ab]",
+        lambda s, n: LAYERS * 3 * (s.attention + (s.mlp_in + 1) * (D + FF)),
+    ),
+    "vera": Case(
+        vera(rank=20),
+        r".*/(query|value|q_proj|v_proj)(/kernel)?/[db]",
+        lambda s, n: LAYERS * (20 + D + 20 + s.kv),
+    ),
+    "vera-wider": Case(
+        vera(rank=5, targets=["mlp_in", "mlp_out", "embedding"], d_initial=1, seed=3),
+        r".*(layer|layers|h)_\d+/.*/kernel/[db]|.*/(word_embeddings|embed_tokens|wte)/embedding/[db]",
+        lambda s, n: 5 + D + LAYERS * (s.mlp_in * (5 + FF) + 5 + D),
     ),
     "dora": Case(
         dora(rank=3, alpha=5),
@@ -556,6 +602,16 @@ BAD = {
     "alpha 0": (lambda: lora(alpha=0), "alpha must be a number above 0"),
     "rank of dora too large": (lambda: dora(rank=D + 1), "dora: rank 17 is larger .* at most 16"),
     "dropout of dora": (lambda: dora(dropout=-0.1), r"dora: dropout must be in \[0, 1\)"),
+    "lora_plus ratio 0": (lambda: lora_plus(ratio=0), "ratio must be a number above 0, such as 16; got 0"),
+    "rank of pissa too large": (lambda: pissa(rank=D + 1), "pissa: rank 17 is larger .* at most 16"),
+    "rank of olora too large": (lambda: olora(rank=D + 1), "olora: rank 17 is larger .* at most 16"),
+    "rank of lora_fa 0": (lambda: lora_fa(rank=0), "lora_fa: the rank must be a whole number of at least 1"),
+    "niter of pissa": (lambda: pissa(niter=-1), "niter must be a whole number of at least 0, or None; got -1"),
+    "rank of vera 0": (lambda: vera(rank=0), "vera: rank must be a whole number of at least 1; got 0"),
+    "seed of vera": (lambda: vera(seed=-1), "vera: seed must be a whole number of at least 0; got -1"),
+    "d of vera": (lambda: vera(d_initial=0), "vera: d_initial must be a number other than 0"),
+    "vera of a bias": (lambda: vera(targets=[".*/bias"]), "vera: .*/bias has shape .*expected a matrix"),
+    "vera of a module": (lambda: vera(targets=["attention"]), "is no weight"),
     "rank true": (lambda: lora(rank=True), "whole number"),
     "one target without a bias": (
         lambda: bitfit(["query", "embedding"]),
@@ -677,6 +733,11 @@ PAIRS = [
     (norm_tuning(), bitfit(["query"])),
     (dylora(3, targets=["query"]), lora(rank=2, targets=["key"])),
     (adalora(2, 3, targets=["query"]), lora(rank=2, targets=["key"])),
+    (lora(rank=2, targets=["query"]), lora_fa(rank=2, targets=["mlp_in"])),
+    (lora_plus(rank=2, targets=["query"]), pissa(rank=2, targets=["value"])),
+    (pissa(rank=2, targets=["mlp_in"]), olora(rank=2, targets=["mlp_out"])),
+    (vera(rank=4), vera(rank=3, targets=["mlp_in"], seed=1)),
+    (vera(rank=4), lora(rank=2, targets=["mlp_out"])),
 ]
 
 

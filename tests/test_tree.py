@@ -323,6 +323,7 @@ def test_nodes_are_registered_frozen_pytrees():
         "scale": 2.0,
         "dropout": 0.0,
         "only": None,
+        "ratio": 1.0,
         "trains": ("a", "b"),
     }
     assert jax.tree.structure(around(w, scale=1.0)) != jax.tree.structure(around(w, scale=2.0))

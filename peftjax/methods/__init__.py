@@ -25,12 +25,16 @@ from .full import full as full
 from .head import head as head
 from .ia3 import ia3 as ia3
 from .lora import lora as lora
+from .lora_fa import lora_fa as lora_fa
+from .lora_plus import lora_plus as lora_plus
 from .mam import mam as mam
 from .norm_tuning import norm_tuning as norm_tuning
 from .p_tuning import p_tuning as p_tuning
+from .pissa import as_lora as as_lora, olora as olora, pissa as pissa
 from .prefix import prefix as prefix
 from .prompt import prompt as prompt, with_text_ids as with_text_ids
 from .trainable_tokens import trainable_tokens as trainable_tokens
+from .vera import vera as vera
 
 
 class Row(NamedTuple):
@@ -72,6 +76,14 @@ TABLE: dict[str, Row] = {
         "arXiv:2111.09839",
     ),
     "lora": Row(lora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 5e-4, "arXiv:2106.09685"),
+    # a paper's script: 2e-4 for A at width 768; B's is the ratio times that
+    "lora_plus": Row(lora_plus, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 2e-4, "arXiv:2402.12354"),
+    "lora_fa": Row(lora_fa, "low-rank", "r outputs a matrix", "weights", True, 5e-4, "arXiv:2308.03303"),
+    # PiSSA's 2e-5 at Llama-2-7B's width 4096: the factors are as large as the weight, so that less moves them
+    "pissa": Row(pissa, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 1e-4, "arXiv:2404.02948"),
+    "olora": Row(olora, "low-rank", "r (inputs + outputs) a matrix", "weights", True, 1e-4, "arXiv:2406.01775"),
+    # the paper's rates for RoBERTa-base are 4e-3 to 1e-2: b starts at zero behind random matrices and d of 0.1
+    "vera": Row(vera, "low-rank", "outputs + r a matrix", "weights", True, 1e-2, "arXiv:2310.11454"),
     "dora": Row(dora, "low-rank", "r (inputs + outputs) + outputs a matrix", "weights", True, 5e-4, "arXiv:2402.09353"),
     "adalora": Row(
         adalora,

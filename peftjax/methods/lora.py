@@ -21,6 +21,7 @@ class LoRA(Weight):
     Attributes:
       only: 'take' where the weight is an embedding tied to the head and only the look-up is adapted.
       key: the dropout key of this step; without one there is no dropout.
+      ratio: B's learning rate over A's, for the optimizer of `lora_plus`.
     """
 
     base: Any
@@ -30,6 +31,7 @@ class LoRA(Weight):
     scale: float = static(default=1.0)
     dropout: float = static(default=0.0)
     only: str | None = static(default=None)
+    ratio: float = static(default=1.0)
     trains: tuple[str, ...] = static(default=("a", "b"))
 
     def materialize(self):
@@ -142,17 +144,19 @@ class Factors(NamedTuple):
       b: (r, outputs).
       scale: alpha / r, or alpha / sqrt(r).
       only: 'take' where only the look-up of a tied embedding is adapted.
-      key: of this site, for what else a method draws.
+      site: of the weight; at an embedding A is zero and B random, elsewhere the other way round.
+      key: for what else is drawn.
     """
 
     a: jax.Array
     b: jax.Array
     scale: float
     only: str | None
+    site: Site
     key: jax.Array
 
 
-def low_rank(name: str, arguments: dict, cls: type, new: Callable[[Any, Factors], Any]) -> Method:
+def low_rank(name: str, arguments: dict, cls: type, new: Callable[[Any, Factors], Any], **rest) -> Method:
     """The method that puts `new(weight, factors)`, a node of class `cls`, at each target; arguments as `lora`'s.
 
     Raises:
@@ -189,7 +193,7 @@ def low_rank(name: str, arguments: dict, cls: type, new: Callable[[Any, Factors]
             bound = 1 / math.sqrt(rows)
             a, b = jax.random.uniform(key, (rows, r), minval=-bound, maxval=bound), jnp.zeros((r, columns))
         only = "take" if site.tied and arguments["tied_embedding"] == "take" else None
-        return Factors(a, b, scale, only, key)
+        return Factors(a, b, scale, only, site, jax.random.fold_in(key, 1))
 
     def init(key, params, sites):
         chosen = select(params, sites, arguments["targets"])
@@ -204,7 +208,7 @@ def low_rank(name: str, arguments: dict, cls: type, new: Callable[[Any, Factors]
     def resolve(params, key):
         return write_dropout_keys(params, key, cls)
 
-    return method(name, arguments, init, masks.by_node(cls), resolve=resolve)
+    return method(name, arguments, init, masks.by_node(cls), resolve=resolve, **rest)
 
 
 def _fits(pattern: str, site: Site) -> bool:
