@@ -45,7 +45,8 @@ class Bundled(NamedTuple):
 BUNDLED = {
     "tiny-books": Bundled(
         Path(__file__).parent / "tiny_books",
-        {"bitfit": 8e-2, "fishmask": 2e-2, "lora": 4e-2, "dora": 8e-2, "prefix": 0.3, "full": 3e-3},
+        {"bitfit": 8e-2, "fishmask": 2e-2, "lora": 4e-2, "dora": 8e-2, "prefix": 0.3, "full": 3e-3}
+        | {"adalora": 8e-2, "dylora": 1.5e-2},
     )
 }
 
