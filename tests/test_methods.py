@@ -16,6 +16,7 @@ from peftjax.methods import bitfit, default_rate, dora, fishmask, from_spec, ful
 from peftjax.train import Settings, fit
 from peftjax.tree import cast, flatten, map_with_path
 
+T5_INNER = 24  # features of T5's heads, more than the width
 D, FF, LAYERS, HEADS, KV, VOCAB, LABELS = 16, 24, 2, 4, 2, 37, 3
 SIZE = D // HEADS
 
@@ -67,6 +68,29 @@ def gpt2() -> hub.Model:
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 
 
+def t5() -> hub.Model:
+    """With biases, which T5 has none of, beside all linear layers, for the methods on biases."""
+    config = transformers.T5Config(
+        vocab_size=VOCAB,
+        d_model=D,
+        d_kv=T5_INNER // HEADS,
+        d_ff=FF,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=6,
+        dropout_rate=0.0,
+        decoder_start_token_id=0,
+    )
+    model = hub.from_config(config, "classification", labels=LABELS)
+    return _noisy(model._replace(params=materialized(bitfit(create=True), model)))
+
+
+def materialized(method, model):
+    return merge(method.init(jax.random.key(0), model.params, model.sites))
+
+
 def _noisy(model: hub.Model) -> hub.Model:
     """Biases and norm scales away from 0 and 1, as in a trained model."""
     return model._replace(params=_noise(model.params, 0.1))
@@ -82,7 +106,7 @@ def _noise(params, size):
     return map_with_path(add, params)
 
 
-FAMILIES = {"llama": llama, "bert": bert, "gpt2": gpt2}
+FAMILIES = {"llama": llama, "bert": bert, "gpt2": gpt2, "t5": t5}
 
 
 class Sizes(NamedTuple):
@@ -101,6 +125,10 @@ SIZES = {
     ),
     # q k v o, two norms, intermediate, output; the embeddings' norm and the pooler
     "bert": Sizes(D, LAYERS * (4 * D + 2 * D + FF + D) + D + D, (D + 1) * LABELS, 1, 8 * D),
+    # three times as many attention modules as layers, biases beside all that is linear
+    "t5": Sizes(
+        T5_INNER, LAYERS * (3 * (3 * T5_INNER + D) + 2 * (2 * FF + D)), (D + 1) * (D + LABELS), 2, 4 * (D + T5_INNER)
+    ),
     "gpt2": Sizes(D, LAYERS * (3 * D + D + FF + D + 2 * D) + D, D * LABELS, 1, 4 * D + 2 * D),  # q k v are one
 }
 
@@ -209,6 +237,49 @@ CASES = {
         lambda s, n: _lora_count(5, (D, D)),
     ),
 }
+
+T5_QV = r".*/[qv]/kernel/"
+
+
+def _t5_count(r, *shapes):
+    return 3 * _lora_count(r, *shapes)
+
+
+T5_IN, T5_ALL = (D, T5_INNER), 3 * 4 * (D + T5_INNER) + 2 * 3 * (D + FF)  # inputs and outputs of one; of all, a layer
+T5 = {  # where three times as many attention modules as layers, or other names, make another pattern or count
+    "head": (r"classification_head/.*", CASES["head"].count),
+    "bitfit-subset": (r".*/(q|wi\d)/bias/value", lambda s, n: LAYERS * (3 * T5_INNER + 2 * 2 * FF)),
+    "fishmask+head": (r".*/values|classification_head/.*", CASES["fishmask+head"].count),
+    "fishmask-random": (r"(?!classification_head).*/values", CASES["fishmask-random"].count),
+    "lora over fishmask": (r".*/kernel/values|.*/q/kernel/(base/values|[ab])", lambda s, n: 300 + _t5_count(2, T5_IN)),
+    "lora": (T5_QV + "[ab]", lambda s, n: _t5_count(3, T5_IN, T5_IN)),
+    "dora": (T5_QV + "([ab]|magnitude)", lambda s, n: _t5_count(3, T5_IN, T5_IN) + 6 * LAYERS * T5_INNER),
+    "dora-everywhere": (
+        r".*block_\d+/.*/kernel/([ab]|magnitude)|.*/shared/embedding/([ab]|magnitude)",
+        lambda s, n: (
+            2 * (VOCAB + D)
+            + D
+            + LAYERS * (2 * T5_ALL - 2 * (FF + D))  # rank 1 in the two mlp_out
+            + LAYERS * (3 * (3 * T5_INNER + D) + 2 * (2 * FF + D))
+        ),
+    ),
+    "rslora-dropout": (r".*/k/kernel/[ab]", lambda s, n: _t5_count(2, T5_IN)),
+    "lora-patterns": (
+        r".*block_\d+/.*/kernel/[ab]|.*/shared/embedding/[ab]",
+        lambda s, n: (VOCAB + D) + 3 * (T5_ALL - 2 * (FF + D)) + LAYERS * 2 * 4 * (FF + D),
+    ),
+    "prefix": (CASES["prefix"].trains, lambda s, n: 3 * 2 * 5 * LAYERS * T5_INNER),
+    "prefix-mlp": (r"prefix_mlp/.*", lambda s, n: 5 * D + (D + 1) * 7 + (7 + 1) * 3 * 2 * LAYERS * T5_INNER),
+    "lora+bitfit+head": (
+        r".*/v/kernel/[ab]|.*/bias/value|classification_head/.*",
+        lambda s, n: _t5_count(2, T5_IN) + s.biases + s.head,
+    ),
+    "prefix+lora": (
+        r".*/prefix/(key|value)|.*/q/kernel/[ab]",
+        lambda s, n: 3 * 6 * LAYERS * T5_INNER + _t5_count(2, T5_IN),
+    ),
+    "lora over lora": (r".*/q/kernel/(base/)?[ab]", lambda s, n: _t5_count(5, T5_IN)),
+}
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 ALL_CASES = pytest.mark.parametrize("name", CASES)
 
@@ -272,9 +343,10 @@ def test_law_2_the_papers_leaves_and_count(models, family, name):
     case, model = CASES[name], models[family]
     params = _adapt(model, case.method)
     mask = flatten(case.method.trainable(params))
-    assert {p for p, m in mask.items() if m} == {p for p in mask if re.fullmatch(case.trains, p)}
+    trains, formula = T5.get(name, case[1:3]) if family == "t5" else case[1:3]
+    assert {p for p, m in mask.items() if m} == {p for p in mask if re.fullmatch(trains, p)}
     trainable, _ = partition(params, case.method.trainable(params))
-    assert count(trainable) == case.count(SIZES[family], count(model.params))
+    assert count(trainable) == formula(SIZES[family], count(model.params))
 
 
 @EVERY

@@ -318,10 +318,10 @@ def t5_of(d, ff, layers, heads, size=64, vocab=32128, **changes):
 
 
 def test_t5_base_counts():
-    """peft's total for t5-base with LoRA, 223,843,584, counts the decoder's cross-attention bias as older files do.
+    """The total is that of the config and of transformers; peft's documentation has 55,296 more.
 
-    transformers 4 gave block 0's cross-attention a table of 32 x 12 until it was found to be unused: 384 entries. The
-    rest of the difference is the adapter: 223,843,584 - 884,736 = 222,958,848, and 222,903,552 + 55,296 = 222,958,848.
+    Its 223,843,584 for LoRA (r = 8) is the total, 884,736 for the adapter, and a vector of 768 for each of the 72
+    adapted layers, as if each had a bias; peft itself counts 223,788,288 today.
     """
     base = hub.from_config(t5_of(768, 3072, 12, 12), "seq2seq", seed=None)
     d, ff, v, layers, heads = 768, 3072, 32128, 12, 12
@@ -331,3 +331,24 @@ def test_t5_base_counts():
     method = lora(8)
     params = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, base.sites), base.params)
     assert count(partition(params, method.trainable(params))[0]) == 884_736 == 36 * 2 * 8 * (768 + 768)
+    assert want + 884_736 + 72 * 768 == 223_843_584
+    peft, torch = pytest.importorskip("peft"), pytest.importorskip("torch")
+    with torch.device("meta"):
+        theirs = transformers.T5ForConditionalGeneration(t5_of(768, 3072, 12, 12))
+        adapted = peft.get_peft_model(theirs, peft.LoraConfig(r=8, target_modules=["q", "v"]))
+    assert adapted.get_nb_trainable_parameters() == (884_736, want + 884_736)
+
+
+COUNTS = {  # from the sizes in Raffel et al. 2020 and the released configs; totals as transformers counts them
+    "t5-small": (t5_of(512, 2048, 6, 8), 60_506_624),
+    "t5-large": (t5_of(1024, 4096, 24, 16), 737_668_096),
+    "t5-v1.1-small": (t5_of(512, 1024, 8, 6, feed_forward_proj="gated-gelu"), 76_961_152),
+}
+
+
+@pytest.mark.parametrize("name", COUNTS)
+def test_counts(name):
+    config, want = COUNTS[name]
+    if config.is_gated_act:
+        config.tie_word_embeddings = False
+    assert count(hub.from_config(config, "seq2seq", seed=None).params) == want

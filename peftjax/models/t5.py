@@ -82,7 +82,7 @@ def relative_bias(c: Config, table: jax.Array, queries: jax.Array, keys: jax.Arr
     distance = jnp.maximum(-ahead, 0) if causal else jnp.abs(ahead)
     found = jnp.asarray(buckets_of(half, c.relative_attention_max_distance))
     bucket = found[jnp.minimum(distance, c.relative_attention_max_distance)]
-    bucket = bucket if causal else bucket + half * (ahead > 0)
+    bucket = bucket if causal else bucket + jnp.where(ahead > 0, half, 0)
     return table[bucket].transpose(2, 0, 1)[None]
 
 
@@ -322,7 +322,7 @@ class T5(nn.Module):
         elif self.head == "classification":
             ends = (input_ids == c.eos_token_id) & (mask > 0)
             ends = jnp.where(ends.any(1, keepdims=True), ends, mask > 0)
-            logits = ClassificationHead(c, name="classification_head")(last_token(hidden, ends), deterministic)
+            logits = ClassificationHead(c, name="classification_head")(last_token(hidden, ends.astype(int)), deterministic)
         return Output(hidden, None, None if logits is None else logits.astype(jnp.float32), cache)
 
 
