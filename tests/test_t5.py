@@ -8,17 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import transformers
-from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
-from test_models import LAYOUTS, assert_same, layouts, moved, ours, texts, theirs, torch_model
+from test_models import LAYOUTS, assert_same, equations, layouts, moved, ours, texts, theirs, torch_model
 
-from peftjax import count, hub, partition
+from peftjax import chain, combine, count, hub, node, partition
+from peftjax.checkpoint import load_adapter
+from peftjax.cli import main
+from peftjax.generate import empty_cache, greedy
 from peftjax.layout import stack_layers, unstack_layers
-from peftjax.methods import lora
+from peftjax.methods import bitfit, dora, head, lora, prefix
 from peftjax.models.layers import shift_right
 from peftjax.models.t5 import buckets_of
-from peftjax.tree import flatten
+from peftjax.problem import objective, prepare
+from peftjax.tasks import get_task
+from peftjax.tree import cast, flatten, update
+from peftjax.weights import is_node
 
 T5: dict[str, Any] = {
     "vocab_size": 50,
@@ -201,10 +207,9 @@ def test_saved_for_transformers(tmp_path, name, head, layout):
     torch_model = torch_t5(name, head=head)
     model, batch = moved(torch_model, tmp_path / "theirs"), both()
     hub.save(model, layout(model.params), tmp_path / "ours")
-    with safe_open(tmp_path / "theirs/model.safetensors", "np") as want:
-        with safe_open(tmp_path / "ours/model.safetensors", "np") as got:
-            assert set(got.keys()) == set(want.keys())
-            assert all(np.array_equal(got.get_tensor(k), want.get_tensor(k)) for k in want.keys())  # noqa: SIM118 - no mapping
+    want, got = (load_file(tmp_path / f"{whose}/model.safetensors") for whose in ("theirs", "ours"))
+    assert got.keys() == want.keys()
+    assert all(np.array_equal(got[k], want[k]) for k in want)
     again = type(torch_model).from_pretrained(tmp_path / "ours").eval()
     batch = ended("right") if "Classification" in head else batch
     assert_same(theirs(again, batch)[0], theirs(torch_model, batch)[0], atol=1e-6)
@@ -352,3 +357,285 @@ def test_counts(name):
     if config.is_gated_act:
         config.tie_word_embeddings = False
     assert count(hub.from_config(config, "seq2seq", seed=None).params) == want
+
+
+# Generation
+
+
+@layouts
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("name", ["t5", "flan", "mt5"])
+def test_greedy_is_that_of_transformers(tmp_path, name, padding, layout):
+    torch: Any = pytest.importorskip("torch")
+    torch_model = torch_t5(name, num_decoder_layers=2)  # another number than the encoder's, transformers cannot
+    model, batch = moved(torch_model, tmp_path), texts(9, padding, rows=6, seed=3)
+    params, prompts = layout(model.params), (batch["input_ids"], batch["attention_mask"])
+    endless = np.asarray(greedy(model, 14, eos_id=None)(params, *prompts))
+    assert len({tuple(row) for row in endless.tolist()}) > 3, "the texts depend on the prompts"
+    eos = int(endless[0, 5])  # so that some row ends
+    inputs = {k: torch.tensor(v) for k, v in batch.items()}
+    want = torch_model.generate(**inputs, max_new_tokens=14, do_sample=False, eos_token_id=eos, pad_token_id=0)
+    want = want.numpy()[:, 1:]  # without the start token
+    got = np.asarray(greedy(model, 14, eos_id=eos)(params, *prompts))
+    np.testing.assert_array_equal(got[:, : want.shape[1]], want)
+    assert (got[:, want.shape[1] :] == 0).all()
+
+
+@layouts
+@pytest.mark.parametrize("with_prefix", [False, True], ids=["plain", "prefix"])
+def test_cached_equals_uncached(layout, with_prefix, key):
+    config = transformers.T5Config(**T5, feed_forward_proj="gated-gelu")
+    model = hub.from_config(config, "seq2seq")
+    params = model.params
+    if with_prefix:
+        params = prefix(length=3, std=1.0).init(key, params, model.sites)
+    params = layout(params)
+    batch = {k: jnp.asarray(v) for k, v in both("left", None).items()}
+    batch["decoder_input_ids"] = batch["decoder_input_ids"].at[:, 0].set(0)
+    want = ours(model, batch, params=params).logits
+    step = jax.jit(lambda params, batch, cache: model.forward(params, batch, cache=cache))
+    prompt = {k: batch[k] for k in ("input_ids", "attention_mask")}
+    out = step(params, prompt, empty_cache(model, params, 3, 9))
+    logits = [out.logits]
+    for piece in (slice(1, 4), slice(4, 5), slice(5, 7)):
+        out = step(params, {"decoder_input_ids": batch["decoder_input_ids"][:, piece]}, out.cache)
+        logits.append(out.logits)
+    assert out.cache.index == 7
+    assert_same(jnp.concatenate(logits, axis=1), want)
+    assert jnp.abs(want).max() > 0.1
+
+
+def test_the_encoder_runs_once_and_the_function_compiles_once():
+    model = hub.from_config(transformers.T5Config(**T5), "seq2seq")
+    generate, batch = greedy(model, 6, eos_id=None), texts(9)
+    for seed in (1, 2):
+        ids = texts(9, seed=seed)["input_ids"]
+        assert generate(model.params, ids, batch["attention_mask"]).shape == (3, 6)
+    assert generate._cache_size() == 1
+    program = equations(jax.make_jaxpr(generate)(model.params, ids, ids).jaxpr)
+    loop = next(e for e in program if e.primitive.name == "while")
+    body = loop.params["body_jaxpr"].jaxpr
+    assert not any("encode" in str(e.source_info.name_stack) for e in equations(body))
+    # of the attention to the encoder, a step computes q and o only
+    products = [e for e in equations(body) if "EncDecAttention" in str(e.source_info.name_stack)]
+    names = {str(e.source_info.name_stack).split("/")[-1] for e in products if e.primitive.name == "dot_general"}
+    assert not names & {"k", "v"}
+    assert {"q", "o"} <= names
+
+
+# Tasks and the command line
+
+
+@pytest.fixture(scope="module")
+def at(tmp_path_factory):
+    """A tiny T5 in a folder, and the data of two tasks."""
+    at = tmp_path_factory.mktemp("tiny")
+    tiny.folder(at / "t5", "t5", feed_forward_proj="gated-gelu")
+    for task in ("rte", "e2e"):
+        tiny.data(at / task, task)
+    return at
+
+
+def test_examples_of_an_encoder_and_a_decoder(at):
+    problem = tiny.problem(at, "t5", "e2e", max_buckets=2)
+    tokenizer, eos = problem.tokenizer, 3
+    row = tiny.rows("e2e", 24, 0)[0]
+    prompt = problem.task.prompt(row)
+    example = problem.train[0]
+    assert example.input_ids == tokenizer(prompt)["input_ids"]
+    assert example.input_ids[-1] == eos
+    assert example.target_ids == [*tokenizer(row["ref"], add_special_tokens=False)["input_ids"], eos]
+    assert example.loss_mask is None
+    assert all(e.target_ids is None and e.references for e in problem.prompts)
+    assert problem.max_new_tokens == max(len(e.target_ids) for e in problem.train)
+    shapes = set()
+    for batch in problem.epoch(0, 8, 0):
+        assert batch["target_ids"].shape == batch["loss_mask"].shape
+        assert (batch["loss_mask"].sum(1) == (batch["target_ids"] > 0).sum(1) * (batch["weight"] > 0)).all()
+        shapes.add((batch["input_ids"].shape, batch["target_ids"].shape))
+    assert len(shapes) <= 2
+
+
+def test_the_loss_is_that_of_transformers(at):
+    torch: Any = pytest.importorskip("torch")
+    problem = tiny.problem(at, "t5", "e2e")
+    reference = transformers.T5ForConditionalGeneration.from_pretrained(at / "t5").eval()
+    batch = next(problem.epoch(0, 8, 0))
+    total, weight = jax.jit(lambda p, b: objective(problem)(p, b, None))(problem.model.params, batch)
+    labels = np.where(batch["loss_mask"] > 0, batch["target_ids"], -100)
+    inputs = {k: torch.tensor(batch[k]).long() for k in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        want = reference(**inputs, labels=torch.tensor(labels).long()).loss
+    assert weight == batch["loss_mask"].sum()
+    np.testing.assert_allclose(total / weight, float(want), rtol=1e-4)
+
+
+def test_texts_that_are_too_long(at):
+    with pytest.raises(ValueError, match="longer than 5 tokens"):
+        tiny.problem(at, "t5", "e2e", max_length=5)
+    task = get_task("e2e")._replace(truncate=True)
+    source = str(tiny.data(at / "e2e", "e2e"))
+    cut = prepare(str(at / "t5"), task, source, max_length=10)
+    assert max(len(e.input_ids) for e in cut.train) == 10
+    assert all(e.input_ids[-1] == 3 for e in cut.train)
+    with pytest.raises(ValueError, match=r"completion of row .* longer than 5 tokens"):
+        prepare(str(at / "t5"), task, source, max_length=5)
+
+
+QUICK = ("--steps", "3", "--batch-size", "8", "--buckets", "1")
+
+
+def run(*arguments):
+    main([str(a) for a in arguments])
+
+
+def test_every_verb_on_a_generation_task(at, tmp_path):
+    base = ("--model", at / "t5", "--task", "e2e", "--data", at / "e2e")
+    methods = "lora(rank=2), prefix(3), bitfit, dora(rank=2), fishmask(0.1), full"
+    run("compare", *base, *QUICK, "--methods", methods, "--out", tmp_path / "all")
+    rows = [json.loads(line) for line in (tmp_path / "all/results.jsonl").read_text().splitlines()]
+    assert {r["method"] for r in rows} >= {"zero-shot", "lora(rank=2)", "prefix(3)", "bitfit", "full"}
+    assert all(np.isfinite(r["scores"]["loss"]) and "bleu" in r["scores"] for r in rows)
+    run("train", *base, *QUICK, "--method", "lora(rank=2)", "--layout", "scan", "--out", tmp_path / "one")
+    adapter = tmp_path / "one/adapter.safetensors"
+    run("evaluate", *base, "--adapter", adapter)
+    run("merge", "--model", at / "t5", "--adapter", adapter, "--out", tmp_path / "merged")
+    merged = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path / "merged").eval()
+    problem = tiny.problem(at, "t5", "e2e")
+    batch = both()
+    batch = {k: np.minimum(v, 20) for k, v in batch.items()}
+    params = load_adapter(adapter, problem.model).params
+    assert_same(ours(problem.model, batch, params=params).logits, theirs(merged, batch).logits)
+
+
+def test_every_verb_on_a_classification_task(at, tmp_path):
+    base = ("--model", at / "t5", "--task", "rte", "--data", at / "rte")
+    run("compare", *base, *QUICK, "--methods", "head, lora(rank=2), prefix(3)", "--out", tmp_path / "all")
+    run("train", *base, *QUICK, "--method", "lora(rank=2)", "--out", tmp_path / "one")
+    adapter = tmp_path / "one/adapter.safetensors"
+    run("evaluate", *base, "--adapter", adapter)
+    run("merge", "--model", at / "t5", "--adapter", adapter, "--out", tmp_path / "merged")
+    merged = transformers.T5ForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    batch = {k: np.minimum(v, 20) for k, v in texts(9).items()}
+    batch["input_ids"][:, -1] = 3
+    got = ours(hub.load(tmp_path / "merged"), batch).logits
+    assert_same(got, theirs(merged, batch).logits)
+
+
+# Methods on what only T5 has
+
+
+@layouts
+def test_created_biases_on_a_model_without_any(layout, key):
+    model = hub.from_config(transformers.T5Config(**T5), "classification", labels=3)
+    method = chain(bitfit(create=True), head())
+    params = method.init(key, model.params, model.sites)
+    batch = {k: jnp.asarray(v) for k, v in ended("right").items()}
+    assert_same(ours(model, batch, layout, params).logits, ours(model, batch).logits, atol=1e-6)
+    attention, mlp = 3 * 24 + 32, 48 + 32
+    want = (2 + 3 + 3) * attention + (2 + 3) * mlp + 32 * 33 + 3 * 33
+    assert count(partition(params, method.trainable(params))[0]) == want
+    trainable, frozen = partition(layout(params), method.trainable(layout(params)))
+    grads = jax.grad(lambda t: jnp.square(model.forward(combine(t, frozen), batch).logits).sum())(trainable)
+    assert all(jnp.abs(g).max() > 0 for p, g in flatten(grads).items() if "/k/" not in p)  # of keys: softmax ignores it
+
+
+@layouts
+@pytest.mark.parametrize("sort", ["self", "cross"])
+def test_a_prefix_is_keys_from_before(tmp_path, layout, sort, key):
+    """In the decoder, against transformers with past keys and values: of positions before the text, with their bias."""
+    torch: Any = pytest.importorskip("torch")
+    from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+    torch_model = torch_t5("t5", num_decoder_layers=2)
+    model, batch, n = moved(torch_model, tmp_path), both("left", None), 5
+    params = prefix(n, std=1.0).init(key, model.params, model.sites)
+    name = {"self": "layer0/SelfAttention", "cross": "layer1/EncDecAttention"}[sort]
+    flat = flatten(params, is_leaf=is_node)
+    kept = {p: x for p, x in flat.items() if not p.endswith("/prefix") or ("decoder" in p and name in p)}
+    inputs = {k: torch.tensor(v) for k, v in batch.items()}
+    params = update({}, kept)
+    got = ours(model, batch, layout, params).logits
+    states = torch_model.encoder(inputs["input_ids"], attention_mask=inputs["attention_mask"])[0]
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    for i, block in enumerate(torch_model.decoder.block):
+        node = kept[f"transformer/decoder/block_{i}/{name}/prefix"]
+        k, v = (torch.tensor(np.asarray(x))[None].expand(3, -1, -1, -1).transpose(1, 2) for x in (node.key, node.value))
+        if sort == "self":
+            cache.self_attention_cache.update(k, v, i)
+            continue
+        attention = block.layer[1].EncDecAttention
+        pair = [m(states).view(3, -1, 4, 6).transpose(1, 2) for m in (attention.k, attention.v)]
+        cache.cross_attention_cache.update(*(torch.cat(two, 2) for two in zip((k, v), pair, strict=True)), i)
+        cache.is_updated[i] = True
+    mask = torch.cat([torch.ones(3, n).long(), inputs["attention_mask"]], 1)
+    seen = torch.cat([torch.ones(3, n).long(), inputs["decoder_attention_mask"]], 1)
+    with torch.no_grad():
+        want = torch_model(
+            encoder_outputs=(states if sort == "self" else torch.zeros(3, n + 9, 32),),
+            attention_mask=inputs["attention_mask"] if sort == "self" else mask,
+            decoder_input_ids=inputs["decoder_input_ids"],
+            decoder_attention_mask=seen if sort == "self" else None,
+            past_key_values=cache,
+        ).logits
+    assert_same(got, want)
+    assert np.abs(np.asarray(got) - np.asarray(ours(model, batch).logits)).max() > 1e-2
+
+
+def test_cross_attention_has_its_hook_and_targets(key):
+    model = hub.from_config(transformers.T5Config(**T5), "seq2seq")
+    batch = both()
+
+    @node
+    class Double:
+        def __call__(self, y, *, x, context):
+            assert context.mask.shape == (3, 1, 1, 9)
+            return 2 * y
+
+    path = "transformer/decoder/block_0/cross_attention_output"
+    doubled = ours(model, batch, params=update(model.params, {path: Double()})).logits
+    o = "transformer/decoder/block_0/layer1/EncDecAttention/o/kernel"
+    want = ours(model, batch, params=update(model.params, {o: 2 * flatten(model.params)[o]})).logits
+    assert_same(doubled, want, atol=1e-5)
+    one = lora(rank=2, targets=[".*/EncDecAttention/[qv]/kernel"]).init(key, model.params, model.sites)
+    assert sum(is_node(x) for x in flatten(one, is_leaf=is_node).values()) == 2 * 3
+
+
+@layouts
+@pytest.mark.parametrize("method", [lora(rank=2), dora(rank=2), prefix(3), prefix(3, mlp=True, hidden=7)])
+def test_bf16_is_not_promoted(method, layout, key):
+    config = transformers.T5Config(**T5, feed_forward_proj="gated-gelu")
+    model = hub.from_config(config, "seq2seq", dtype=jnp.bfloat16)
+    params = method.init(key, cast(model.params, jnp.bfloat16), model.sites)
+    params = method.resolve(layout(params), None)
+    batch = {k: jnp.asarray(v) for k, v in both().items()}
+    closed, out = jax.make_jaxpr(model.forward, return_shape=True)(params, batch)
+    assert out.hidden.dtype == jnp.bfloat16
+    assert out.logits.dtype == jnp.float32
+    dots = [e for e in equations(closed.jaxpr) if e.primitive.name == "dot_general"]
+    mixed = [e for e in dots if {v.aval.dtype for v in e.invars} != {jnp.dtype(jnp.bfloat16)}]
+    assert len(dots) > 20
+    assert not mixed or method.spec[0][0] == "dora"  # its lengths are float32
+
+
+def test_dropout(key):
+    model = hub.from_config(transformers.T5Config(**T5, dropout_rate=0.5), "seq2seq")
+    batch = {k: jnp.asarray(v) for k, v in both().items()}
+    forward = jax.jit(model.forward)
+    first, again, other, plain = (forward(model.params, batch, k).logits for k in (key, key, jax.random.key(1), None))
+    assert_same(first, again, atol=0)
+    for x in (other, plain):
+        assert jnp.abs(first - x).max() > 1e-3
+
+
+@layouts
+def test_remat_changes_no_gradient(layout):
+    model = hub.from_config(transformers.T5Config(**T5), "seq2seq")
+    batch = {k: jnp.asarray(v) for k, v in both().items()}
+    results = []
+    for remat in (False, True):
+        again = model._replace(module=model.module.clone(remat=remat))
+        loss = jax.jit(jax.grad(lambda p, m=again: jnp.square(m.forward(p, batch).logits).mean()))
+        results.append(loss(layout(model.params)))
+    for path, g in flatten(results[0]).items():
+        assert_same(flatten(results[1])[path], g, atol=1e-5)

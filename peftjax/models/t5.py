@@ -308,7 +308,7 @@ class T5(nn.Module):
         elif ids is None and (self.head == "classification" or self.is_initializing()):
             ids = shift_right(input_ids, start_id(c))
         elif ids is None:
-            raise ValueError("T5 needs decoder_input_ids: the target shifted right (`peftjax.models.layers.shift_right`)")
+            raise ValueError("T5 needs decoder_input_ids: the target after `peftjax.models.layers.shift_right`")
         seen = jnp.ones_like(ids) if decoder_attention_mask is None else decoder_attention_mask
         hidden, cache = base.decode(ids, seen, memory, source, cache, deterministic)
         logits = None
@@ -322,7 +322,8 @@ class T5(nn.Module):
         elif self.head == "classification":
             ends = (input_ids == c.eos_token_id) & (mask > 0)
             ends = jnp.where(ends.any(1, keepdims=True), ends, mask > 0)
-            logits = ClassificationHead(c, name="classification_head")(last_token(hidden, ends.astype(int)), deterministic)
+            x = last_token(hidden, ends.astype(int))
+            logits = ClassificationHead(c, name="classification_head")(x, deterministic)
         return Output(hidden, None, None if logits is None else logits.astype(jnp.float32), cache)
 
 
@@ -403,7 +404,7 @@ def _family(name: str, prefix: str, absent: dict[str, Any]) -> Family:
         copies=(r"(transformer\.)?(encoder|decoder)\.embed_tokens\.weight",),
         unties=True,
         places=(
-            (r"(encoder|decoder)/relative_attention_bias/", r"\1/block_0/layer_0/SelfAttention/relative_attention_bias/"),
+            (r"coder/relative_attention_bias/", r"coder/block_0/layer_0/SelfAttention/relative_attention_bias/"),
             (r"/layer(\d)/", r"/layer_\1/"),
             (r"/wi(\d)/", r"/wi_\1/"),
         ),
