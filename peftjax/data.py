@@ -474,7 +474,7 @@ def plan(
         index = np.flatnonzero(which == bucket).astype(np.int32)
         if rng is not None:
             rng.shuffle(index)
-        longest = max((len(examples[i].target_ids or ()) for i in index), default=0)
+        longest = max((len(examples[i].target_ids or ()) for i in index.tolist()), default=0)
         target = -(-longest // 8) * 8
         planned += [Planned(int(end), index[i : i + batch_size], target) for i in range(0, len(index), batch_size)]
     return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]

@@ -91,7 +91,7 @@ class Attention(nn.Module):
     causal: bool
 
     @nn.compact
-    def __call__(self, x, source, cache, context: Context, table=None, bias=None):
+    def __call__(self, x, source, cache, context: Context, table: Any = None, bias: Any = None):
         """`source`: what keys and values are made from; None: the cache holds them all."""
         c = self.config
         std = c.initializer_factor * c.d_model**-0.5
@@ -164,7 +164,8 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, cache, context: Context, table, bias, memory=None, source=None):
         """`memory`: the encoder's states, None where the cache has their keys; `source`: which may be looked at."""
-        own, cross = (None, None) if cache is None else (cache[:2], cache[2:] or None)
+        own: Any = None if cache is None else cache[:2]
+        cross: Any = None if cache is None else cache[2:] or None
 
         def sublayer(i, inner):
             return SubLayer(self.config, inner, self.decodes, name=f"layer{i}")
@@ -189,11 +190,12 @@ class Stack(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, context: Context, *args):
-        c = self.config
+        c, seen = self.config, context.mask
+        assert seen is not None  # `Base` gives one
         x = nn.Dropout(c.dropout_rate)(x, deterministic=context.deterministic)
         rows, std = c.relative_attention_num_buckets, c.initializer_factor * c.d_model**-0.5
         table = Embed(rows, c.num_heads, self.dtype, std, name="relative_attention_bias")(jnp.arange(rows), context)
-        keys = jnp.arange(context.mask.shape[-1])
+        keys = jnp.arange(seen.shape[-1])
         bias = relative_bias(c, table, context.positions[0], keys, causal=self.decodes)
 
         def block(name):
@@ -269,7 +271,7 @@ class T5(nn.Module):
     @nn.compact
     def __call__(
         self,
-        input_ids=None,
+        input_ids: Any = None,
         attention_mask=None,
         type_ids=None,
         positions=None,
