@@ -243,6 +243,7 @@ class Example(NamedTuple):
     loss_mask: list[int] | None = None  # causal LM: 1 on the tokens to predict, completion and EOS
     references: list[str] | None = None  # for generation: every accepted text
     slots: list[str] | None = None  # for generation: what the text must say, where the task has slots
+    target_ids: list[int] | None = None  # of a decoder beside an encoder: completion and EOS, all to be predicted
 
 
 class Encoded(NamedTuple):
@@ -259,22 +260,26 @@ def encode(
     max_length: int | None = None,
     *,
     for_generation: bool = False,
+    for_encoder: bool = False,
 ) -> Encoded:
     """Rows as tokens, at most `max_length` each (None: the task's).
 
     Classification and regression: as the tokenizer joins one text or two. Generation: BOS (if the tokenizer
     has one), prompt, completion, EOS, with the loss on completion and EOS only. `for_generation`: BOS and
     prompt, where rows of equal inputs are one example with several references, in the order of their first
-    appearance.
+    appearance. `for_encoder`: the prompt, as the tokenizer ends a text, is for an encoder, and completion and EOS are
+    for its decoder; each of the two may be as long as the limit.
 
     `labels`: the values in id order (`labels_of`), for classification. A longer text is an error unless the
-    task says `truncate`; then the longer of a pair is cut first, and of a generation's prompt the beginning.
+    task says `truncate`; then the longer of a pair is cut first, and of a generation's prompt the beginning (for an
+    encoder, where the tokenizer cuts).
     """
     if not rows:
         raise ValueError(f"No rows of task {task.name!r} to encode; expected at least one.")
     limit = task.max_length if max_length is None else max_length
     if task.kind == "generation":
-        examples, lengths = _encode_texts(task, rows, tokenizer, limit, for_generation)
+        encode_ = _encode_pairs if for_encoder else _encode_texts
+        examples, lengths = encode_(task, rows, tokenizer, limit, for_generation)
     else:
         examples, lengths = _encode_labelled(task, rows, tokenizer, labels, limit)
     return Encoded(examples, truncated=sum(length > limit for length in lengths), longest=max(lengths))
@@ -299,17 +304,7 @@ def _encode_labelled(
 def _encode_texts(
     task: Task, rows: Sequence[Row], tokenizer: Any, limit: int, for_generation: bool
 ) -> tuple[list[Example], list[int]]:
-    if tokenizer.eos_token_id is None:
-        raise ValueError("The tokenizer has no end-of-text token, so no text would end; set tokenizer.eos_token.")
-    references: list[list[str] | None] = [None] * len(rows)
-    if for_generation:
-        groups: dict[tuple[str, ...], list[Row]] = {}
-        for row in rows:
-            groups.setdefault(tuple(row[column] for column in task.inputs), []).append(row)
-        references = [[row[task.target] for row in group] for group in groups.values()]
-        rows = [group[0] for group in groups.values()]
-
-    prompts = [row[task.inputs[0]] if task.prompt is None else task.prompt(row) for row in rows]
+    rows, references, prompts = _prompts(task, rows, tokenizer, for_generation)
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     heads = tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
     if for_generation:
@@ -344,6 +339,54 @@ def _encode_texts(
             slots=task.slots(row) if task.slots is not None and for_generation else None,
         )
         for head, tail, texts, row in zip(heads, tails, references, rows, strict=True)
+    ]
+    return examples, lengths
+
+
+def _prompts(
+    task: Task, rows: Sequence[Row], tokenizer: Any, for_generation: bool
+) -> tuple[Sequence[Row], list[list[str] | None], list[str]]:
+    """The rows, for generation one of each group of equal inputs; the references of each; their prompts."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError("The tokenizer has no end-of-text token, so no text would end; set tokenizer.eos_token.")
+    references: list[list[str] | None] = [None] * len(rows)
+    if for_generation:
+        groups: dict[tuple[str, ...], list[Row]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row[column] for column in task.inputs), []).append(row)
+        references = [[row[task.target] for row in group] for group in groups.values()]
+        rows = [group[0] for group in groups.values()]
+    return rows, references, [row[task.inputs[0]] if task.prompt is None else task.prompt(row) for row in rows]
+
+
+def _encode_pairs(
+    task: Task, rows: Sequence[Row], tokenizer: Any, limit: int, for_generation: bool
+) -> tuple[list[Example], list[int]]:
+    rows, references, prompts = _prompts(task, rows, tokenizer, for_generation)
+    sources = tokenizer(prompts, verbose=False)["input_ids"]
+    targets: list[list[int]] = [[] for _ in rows]
+    if not for_generation:
+        texts = [row[task.target] for row in rows]
+        ids = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        targets = [[*one, tokenizer.eos_token_id] for one in ids]
+    lengths = [max(len(source), len(target)) for source, target in zip(sources, targets, strict=True)]
+    for i in _too_long(task, lengths, limit):
+        if len(targets[i]) > limit:
+            raise ValueError(
+                f"The completion of row {i + 1} of task {task.name!r} is longer than {limit} tokens "
+                f"({len(targets[i])}); shorten it, or give a larger max_length."
+            )
+        sources[i] = tokenizer(prompts[i], truncation=True, max_length=limit)["input_ids"]
+    if empty := [i + 1 for i, source in enumerate(sources) if not source]:
+        raise ValueError(f"Row {empty[0]} of task {task.name!r} gives no token; write a prompt.")
+    examples = [
+        Example(
+            source,
+            references=texts,
+            slots=task.slots(row) if task.slots is not None and for_generation else None,
+            target_ids=None if for_generation else target,
+        )
+        for source, target, texts, row in zip(sources, targets, references, rows, strict=True)
     ]
     return examples, lengths
 
@@ -400,6 +443,7 @@ class Planned(NamedTuple):
 
     length: int  # T
     index: np.ndarray  # (n,) int32, n <= batch size: which examples
+    target_length: int = 0  # of a decoder beside an encoder; the same for all batches of a bucket
 
 
 def plan(
@@ -430,7 +474,9 @@ def plan(
         index = np.flatnonzero(which == bucket).astype(np.int32)
         if rng is not None:
             rng.shuffle(index)
-        planned += [Planned(int(end), index[i : i + batch_size]) for i in range(0, len(index), batch_size)]
+        longest = max((len(examples[i].target_ids or ()) for i in index.tolist()), default=0)
+        target = -(-longest // 8) * 8
+        planned += [Planned(int(end), index[i : i + batch_size], target) for i in range(0, len(index), batch_size)]
     return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]
 
 
@@ -448,6 +494,7 @@ def make_batch(
     - `type_ids` (B, T) int32, where the tokenizer gave them;
     - `labels` (B,) int32 of classes, float32 of scores;
     - `loss_mask` (B, T) int32 of a causal LM: 1 where `input_ids` is to be predicted, by the position before;
+    - `target_ids` and `loss_mask` (B, `planned.target_length`) int32 of a decoder beside an encoder, on the right;
     - `weight` (B,) float32 and `index` (B,) int32: 1 and the example's number, or 0 and -1 in the filler rows
       that complete a partial batch. A filler row repeats the first row, with a loss mask of 0: a row without
       a single token would make attention's softmax 0 / 0.
@@ -455,11 +502,13 @@ def make_batch(
     n = len(planned.index)
     rows = [examples[i] for i in planned.index] + [examples[planned.index[0]]] * (batch_size - n)
 
-    def padded(values: Sequence[Sequence[int] | None], fill: int) -> np.ndarray:
-        out = np.full((batch_size, planned.length), fill, np.int32)
+    def padded(
+        values: Sequence[Sequence[int] | None], fill: int, length: int = planned.length, side: str = side
+    ) -> np.ndarray:
+        out = np.full((batch_size, length), fill, np.int32)
         for line, value in zip(out, values, strict=True):
             assert value is not None  # all examples of a task have the same fields
-            line[slice(len(value)) if side == "right" else slice(planned.length - len(value), None)] = value
+            line[slice(len(value)) if side == "right" else slice(length - len(value), None)] = value
         return out
 
     first = rows[0]
@@ -477,6 +526,11 @@ def make_batch(
         batch["labels"] = np.array([row.label for row in rows], dtype)
     if first.loss_mask is not None:
         batch["loss_mask"] = padded([row.loss_mask for row in rows], 0) * real[:, None].astype(np.int32)
+    if first.target_ids is not None:
+        targets = [row.target_ids or [] for row in rows]
+        batch["target_ids"] = padded(targets, pad_id, planned.target_length, "right")
+        ones = padded([[1] * len(target) for target in targets], 0, planned.target_length, "right")
+        batch["loss_mask"] = ones * real[:, None].astype(np.int32)
     return batch
 
 

@@ -6,13 +6,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .hub import Model
+from .hub import TASKS, Model
+from .layout import is_stacked
 from .models.layers import Cache
-from .tree import Tree
+from .tree import Tree, flatten
+from .weights import is_node
 
 
 def empty_cache(model: Model, params: Tree, batch: int, length: int) -> Cache:
-    """Buffers for `length` tokens and the virtual ones of a prompt, per-layer or stacked as the parameters are.
+    """Buffers for `length` tokens of what decodes and, before its text, the virtual ones of a prompt.
+
+    Per-layer or stacked as the parameters are.
 
     Raises:
       ValueError: the model is an encoder.
@@ -21,13 +25,14 @@ def empty_cache(model: Model, params: Tree, batch: int, length: int) -> Cache:
         raise ValueError(f"{model.family.name} is an encoder and cannot generate")
     layers, heads, size = model.family.cache_shape(model.config)
     prompt = params[model.family.base].get("prompt")
-    length += 0 if prompt is None else prompt.n
+    if prompt is not None and model.family.start_id is None:  # else the encoder reads it
+        length += prompt.n
     shape = (batch, length, heads, size)
 
     def pair(shape):
         return jnp.zeros(shape, model.module.dtype), jnp.zeros(shape, model.module.dtype)
 
-    scanned = any(k.endswith("_*") for k in params[model.family.base])
+    scanned = any(is_stacked(p) for p in flatten(params, is_leaf=is_node))
     buffers = pair((layers, *shape)) if scanned else tuple(pair(shape) for _ in range(layers))
     return Cache(buffers, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
@@ -37,6 +42,7 @@ def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 
 
     It compiles once for each shape of prompts. Rows that have ended are filled with `pad_id`; the loop stops
     when all rows have. Methods must be resolved (`method.resolve(params, None)`); prefixes are included.
+    Beside an encoder, which runs once, the decoder begins with its start token instead of the prompt.
 
     Args:
       max_new_tokens: tokens to add at most, at least 1.
@@ -44,23 +50,27 @@ def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 
 
     Returns:
       (params, input_ids, attention_mask) -> (batch, max_new_tokens) int32; the prompts are (batch, length),
-      padded on the left.
+      padded on the left, or for an encoder on either side.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1; got {max_new_tokens}")
 
-    def step(params, tokens, mask, positions, cache, continued):
-        batch = {"input_ids": tokens, "attention_mask": mask, "positions": positions}
-        out = model.forward(params, batch, cache=cache, last_only=True, continued=continued)
-        assert out.logits is not None  # a head 'causal-lm' is asked for below
+    encodes = model.family.start_id is not None
+
+    def step(params, batch, cache, *, first):
+        way = {} if encodes else {"continued": not first}
+        out = model.forward(params, batch, cache=cache, last_only=True, **way)
+        assert out.logits is not None  # a head with logits of tokens is asked for below
         return jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32), out.cache
 
     @jax.jit
     def generate(params: Tree, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         rows, length = input_ids.shape
-        cache = empty_cache(model, params, rows, length + max_new_tokens)
-        positions = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
-        token, cache = step(params, input_ids, attention_mask, positions, cache, continued=False)
+        cache = empty_cache(model, params, rows, max_new_tokens if encodes else length + max_new_tokens)
+        prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if not encodes:
+            prompt["positions"] = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)
+        token, cache = step(params, prompt, cache, first=True)
         written = jnp.full((rows, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(token)
         ended = token == eos_id if eos_id is not None else jnp.zeros(rows, bool)
 
@@ -70,8 +80,12 @@ def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 
 
         def body(carry: Any):
             i, token, ended, written, cache, position = carry
-            ones = jnp.ones((rows, 1), jnp.int32)
-            new, cache = step(params, token[:, None], ones, position[:, None], cache, continued=True)
+            if encodes:
+                batch = {"decoder_input_ids": token[:, None]}
+            else:
+                ones = jnp.ones((rows, 1), jnp.int32)
+                batch = {"input_ids": token[:, None], "attention_mask": ones, "positions": position[:, None]}
+            new, cache = step(params, batch, cache, first=False)
             new = jnp.where(ended, pad_id, new)
             written = jax.lax.dynamic_update_slice(written, new[:, None], (0, i))
             ended = ended if eos_id is None else ended | (new == eos_id)
@@ -80,6 +94,6 @@ def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 
         carry = (jnp.int32(1), token, ended, written, cache, attention_mask.sum(axis=1))
         return jax.lax.while_loop(go_on, body, carry)[3]
 
-    if model.module.head != "causal-lm":
+    if model.module.head not in TASKS["generation"]:
         raise ValueError(f"generation needs a language model; this model's head is {model.module.head!r}")
     return generate

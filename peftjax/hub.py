@@ -19,12 +19,18 @@ from . import quantize as quantization
 from .layout import unstack_layers
 from .methods.base import Site, select
 from .models import FAMILIES, Family
-from .models.base import hf_name, read_config
+from .models.base import read_config
 from .models.layers import Output
 from .tree import Tree, flatten, get, update
 from .weights import merge
 
-TASKS = {"causal-lm": "causal-lm", "classification": "classification", "encoder": "none"}  # what for -> head
+TASKS = {  # what for -> heads that will do
+    "causal-lm": ("causal-lm",),
+    "seq2seq": ("seq2seq-lm",),
+    "classification": ("classification",),
+    "encoder": ("none",),
+    "generation": ("causal-lm", "seq2seq-lm"),
+}
 SHARD_BYTES = 5 * 10**9
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -73,8 +79,12 @@ class Model(NamedTuple):
     fresh: tuple[str, ...] = ()
 
     def forward(self, params: Tree, batch: dict, key: jax.Array | None = None, **kwargs) -> Output:
-        """Runs the module on a batch of `input_ids`, `attention_mask`, `type_ids`; a key turns dropout on."""
+        """Runs the module on a batch of `input_ids`, `attention_mask`, `type_ids`; a key turns dropout on.
+
+        A decoder beside an encoder takes `decoder_input_ids` and `decoder_attention_mask` too.
+        """
         inputs = {k: batch.get(k) for k in ("input_ids", "attention_mask", "type_ids", "positions")}
+        inputs |= {k: batch[k] for k in ("decoder_input_ids", "decoder_attention_mask") if k in batch}
         rngs = None if key is None else {"dropout": key}
         return self.module.apply({"params": params}, **inputs, **kwargs, deterministic=key is None, rngs=rngs)
 
@@ -100,8 +110,8 @@ def load(
     """Loads a model from a folder in Hugging Face's layout, or by its hub name.
 
     Args:
-      task: 'causal-lm', 'classification' (with `labels=1`: regression) or 'encoder'; default: what the
-        config's architecture says.
+      task: 'causal-lm', 'seq2seq', 'generation' (either), 'classification' (with `labels=1`: regression) or
+        'encoder'; default: what the config's architecture says.
       labels: number of labels, or their names in id order, of a classifier.
       fresh_head: draw a new task head even if the file has one.
       dtype: of the activations; `param_dtype`: of the parameters. float32 or bfloat16.
@@ -120,8 +130,11 @@ def load(
     named = [str(hf_config.id2label[i]) for i in sorted(hf_config.id2label)]
     if labels is not None:
         _set_labels(hf_config, labels)
-    model = _describe(hf_config, task, dtype, remat, folder)
-    params, missing = _read_params(model, _tensor_files(folder), fresh_head, param_dtype, quantize)
+    model, files = _describe(hf_config, task, dtype, remat, folder), _tensor_files(folder)
+    if model.family.unties and any(s.tied for s in model.sites) and _other_table(model, "lm_head.weight", files):
+        hf_config.tie_word_embeddings = False
+        model = _describe(hf_config, task, dtype, remat, folder)
+    params, missing = _read_params(model, files, fresh_head, param_dtype, quantize)
     heads = {s.module for s in model.sites if s.kind == "head"}
     trained = {p for p in flatten(model.params) if p.rpartition("/")[0] in heads} - set(missing)
     if trained and isinstance(labels, list):
@@ -140,7 +153,7 @@ def task_of(architecture: str) -> str:
     heads = {a: head for family in FAMILIES.values() for a, head in family.heads.items()}
     if architecture not in heads:
         raise ValueError(f"the architecture {architecture!r} is unknown; peftjax has {sorted(heads)}")
-    return next(task for task, head in TASKS.items() if head == heads[architecture])
+    return next(task for task, fit in TASKS.items() if heads[architecture] in fit)
 
 
 def redraw(model: Model, seed: int) -> Model:
@@ -247,8 +260,8 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
     for path, x in merged.items():
         array = np.asarray(x if param_dtype is None else x.astype(param_dtype))
         array = array.T if model.family.transposed(path) else array
-        name = hf_name(path)
-        if model.module.head == "none":
+        name = model.family.tensor(path)
+        if model.module.head in model.family.bare:
             name = name.removeprefix(model.family.base + ".")
         tensors[name] = np.ascontiguousarray(array)
     folder.mkdir(parents=True, exist_ok=True)
@@ -337,7 +350,7 @@ def _describe(hf_config: Any, task: str | None, dtype: Any, remat: bool, where: 
     if task is not None:
         if task not in TASKS:
             raise ValueError(f"there is no task {task!r} for a model; the tasks are {sorted(TASKS)}")
-        architecture = next((a for a, head in family.heads.items() if head == TASKS[task]), None)
+        architecture = next((a for a, head in family.heads.items() if head in TASKS[task]), None)
         if architecture is None:
             raise ValueError(f"{family.name} models have no head for {task!r}; they have {sorted(family.heads)}")
     if architecture is None or architecture not in family.heads:
@@ -412,7 +425,7 @@ def _read_params(
     if quantize is not None:
         quantization.check(quantize)
     coded = {} if quantize is None else {s.path: s for s in select(model.params, model.sites, ["linear"])}
-    expected = {hf_name(path): path for path in shapes}
+    expected = {family.tensor(path): path for path in shapes}
     heads = {s.module for s in model.sites if s.kind == "head"}
     optional = {p for p in shapes if p.rpartition("/")[0] in heads}
     tied_name = "lm_head.weight" if any(s.tied for s in model.sites) else None
@@ -427,8 +440,8 @@ def _read_params(
             full = f"{family.base}.{full}"
         path = expected.get(full)
         if path is None:
-            if name == tied_name:
-                _check_tied(model, name, f, files)
+            if name == tied_name or any(re.fullmatch(p, name) for p in family.copies):
+                _check_tied(model, name, files)
             elif not any(re.fullmatch(p, name) for p in family.unused):
                 extra.append(name)
         elif path in found or path in wrong:
@@ -447,7 +460,7 @@ def _read_params(
                 found[path] = x if path in coded else x.astype(dtype)
     missing = [p for p in shapes if p not in found]
     excused = optional if optional.isdisjoint([*found, *wrong]) else set()  # a head is there whole or not at all
-    absent = [hf_name(p) for p in missing if p not in excused and p not in wrong]
+    absent = [family.tensor(p) for p in missing if p not in excused and p not in wrong]
     problems = [("missing", absent), ("not known to the model", extra), ("of a wrong shape", wrong.values())]
     if any(rows for _, rows in problems):
         said = "; ".join(f"{what}: {', '.join(sorted(rows))}" for what, rows in problems if rows)
@@ -459,11 +472,18 @@ def _read_params(
     return update({}, found), missing
 
 
-def _check_tied(model: Model, name: str, f: Any, files: list[Path]) -> None:
-    table = next(hf_name(s.path) for s in model.sites if s.tied)
-    twin = next((g.get_tensor(n) for n, g in _tensors(files) if n in (table, table.partition(".")[2])), None)
-    if twin is not None and not jnp.array_equal(f.get_tensor(name), twin):  # without one, the table is missing
+def _check_tied(model: Model, name: str, files: list[Path]) -> None:
+    if table := _other_table(model, name, files):
         raise ValueError(f"the config ties {name} to {table}, but the files hold two different tensors for them")
+
+
+def _other_table(model: Model, name: str, files: list[Path]) -> str | None:
+    """The name of the embedding if the files hold it and, under this name, another tensor."""
+    table = next(model.family.tensor(s.path) for s in model.sites if s.kind == "embedding")
+    wanted = (name, table, table.partition(".")[2])
+    there = {n: f.get_tensor(n) for n, f in _tensors(files) if n in wanted}
+    twin = next((n for n in wanted[1:] if n in there), name)  # without one, the table is missing
+    return table if name in there and not jnp.array_equal(there[name], there[twin]) else None
 
 
 def _like_its_neighbours(file: Path) -> None:

@@ -13,6 +13,7 @@ from . import data, hub
 from .generate import greedy
 from .hub import Model
 from .metrics import score
+from .models.layers import shift_right
 from .tasks import Task, get_task
 from .tree import Tree
 
@@ -112,7 +113,7 @@ def prepare(
     dev_rows = data.load_rows(task, source, "dev") if need_train and eval_split != "dev" else eval_rows
     rows = rows[:train_limit] if need_train else []
     eval_rows, dev_rows = _first(task, eval_rows, eval_limit), _first(task, dev_rows, eval_limit)
-    purpose, labels = "causal-lm", None
+    purpose, labels = "generation", None
     if task.kind != "generation":
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
     model = hub.load(model_name, purpose, labels=labels, **load)
@@ -128,6 +129,7 @@ def prepare(
 
     def encode(rows, what, **kwargs):
         most = kwargs.pop("limit", limit)
+        kwargs["for_encoder"] = model.family.start_id is not None
         encoded = data.encode(task, rows, tokenizer, task.labels, most, **kwargs)
         if encoded.truncated:
             notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {most} tokens")
@@ -141,7 +143,7 @@ def prepare(
     scored = encode(eval_rows, eval_split) if need_train and eval_split != "dev" else None
     prompts, new_tokens = [], 0
     if task.kind == "generation":
-        new_tokens = max_new_tokens or max(sum(e.loss_mask or []) for e in train or dev)
+        new_tokens = max_new_tokens or max(len(e.target_ids or ()) or sum(e.loss_mask or []) for e in train or dev)
         if new_tokens >= room:
             raise ValueError(
                 f"{new_tokens} new tokens leave no room for a prompt in the {room} positions; "
@@ -162,6 +164,7 @@ def _check_ids(examples: list[data.Example], model: Model, name: str) -> None:
     tables = {
         "token ids": (c.vocab_size, "input_ids"),
         "token types": (getattr(c, "type_vocab_size", None), "type_ids"),
+        "token ids of completions": (c.vocab_size, "target_ids"),
     }
     for what, (rows, field) in tables.items():
         most = max((max(getattr(e, field) or [0]) for e in examples), default=0)
@@ -192,10 +195,16 @@ def objective(problem: Problem) -> Callable[[Tree, dict, jax.Array | None], tupl
     model, kind = problem.model, problem.task.kind
 
     def loss(params, batch, key):
+        if "target_ids" in batch and model.family.start_id is not None:
+            start = model.family.start_id(model.config)
+            batch = batch | {"decoder_input_ids": shift_right(batch["target_ids"], start)}
         logits = model.forward(params, batch, key).logits
         assert logits is not None  # `prepare` loads a model with the task's head
         weight = batch["weight"]
-        if kind == "generation":
+        if kind == "generation" and "target_ids" in batch:
+            each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target_ids"])
+            weight = batch["loss_mask"] * weight[:, None]
+        elif kind == "generation":
             targets, weight = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:] * weight[:, None]
             each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
         elif kind == "classification":

@@ -47,6 +47,11 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
     if family == "bert":
         return transformers.BertConfig(**sizes | changes)
     ends: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
+    if family == "t5":
+        own: dict[str, Any] = {"d_model": WIDTH, "d_kv": 6, "d_ff": 24, "num_layers": LAYERS, "num_heads": 4}
+        own |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "initializer_factor": 0.7}
+        own |= {"decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0, "vocab_size": sizes["vocab_size"]}
+        return transformers.T5Config(**own | changes)
     if family == "gpt2":
         return transformers.GPT2Config(n_inner=sizes.pop("intermediate_size"), **sizes | ends | changes)
     sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
@@ -55,7 +60,7 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
 
 def folder(at: Path, family: str, seed: int = 0, **changes) -> Path:
     """Saves a random model without a task head, tokenizer included; no bias is zero."""
-    model = hub.from_config(config(family, **changes), "encoder" if family == "bert" else "causal-lm", seed=seed)
+    model = hub.from_config(config(family, **changes), "encoder" if family == "bert" else "generation", seed=seed)
     return hub.save(model, roughen(model.params, seed), at, tokenizer())
 
 

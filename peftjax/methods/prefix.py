@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import masks
-from ..layout import is_stacked
+from ..layout import is_stacked, layer_paths
 from ..tree import Tree, flatten, update
 from ..weights import is_node, node, static
 from .base import Method, method, path_key
@@ -69,6 +69,11 @@ def prefix(length: int = 10, *, mlp: bool = False, hidden: int = 512, std: float
     it; `resolve` writes its output into the layers, and only that output is saved: a loaded adapter trains on
     as keys and values.
 
+    Of an encoder and its decoder, each attention gets a prefix, the one between them too, as in the authors' code
+    for BART. Where positions are relative (T5), nothing is counted from n: the prefix stands at the n positions
+    before the text (and its padding, if that is on the left) and the scores get the bias of that distance, as
+    transformers has it for keys that it is given; in the attention between the two there is no bias.
+
     Args:
       length: n, the number of virtual tokens.
       mlp: train through the MLP instead of the keys and values themselves.
@@ -78,7 +83,7 @@ def prefix(length: int = 10, *, mlp: bool = False, hidden: int = 512, std: float
     Raises:
       ValueError: a length or hidden size below 1, or, from `init`, a model without attention sites.
 
-    The count is `2 n L k` for L layers whose keys have k features; with the MLP
+    The count is `2 n L k` for L attention modules whose keys have k features; with the MLP
     `n d + (d + 1) hidden + (hidden + 1) 2 L k` train, d being the model's width.
     """
     arguments = {"length": length, "mlp": mlp, "hidden": hidden, "std": std}
@@ -93,9 +98,9 @@ def prefix(length: int = 10, *, mlp: bool = False, hidden: int = 512, std: float
         sites = tuple(sites)
         attention = [s for s in sites if s.kind == "attention"]
         positions = [s for s in sites if s.kind == "positions"]
-        if not attention or not positions:
+        if not attention:
             raise ValueError(
-                "prefix: the sites must name the attention modules and where positions are counted; "
+                "prefix: the sites must name the attention modules; "
                 f"these are of kinds {sorted({s.kind for s in sites})}"
             )
         new: dict[str, Any] = {f"{s.path}/shift": Shift(length) for s in positions}
@@ -139,14 +144,19 @@ def write_prefixes(params: Tree, key: jax.Array | None) -> Tree:
     if mlp is None:
         return params
     nodes = {p: n for p, n in flatten(params, is_leaf=is_node).items() if isinstance(n, Prefix)}
-    rest, flat = mlp(), {}
-    for path in sorted(nodes, key=_natural):
-        shape = nodes[path].key.shape  # (length, heads, size), or stacked (layers, length, heads, size)
-        layers = shape[0] if is_stacked(path) else 1
-        each = shape[-2] * shape[-1]
-        part, rest = rest[:, : 2 * layers * each], rest[:, 2 * layers * each :]
-        part = part.reshape(-1, layers, 2, *shape[-2:]).transpose(2, 1, 0, 3, 4).reshape(2, *shape)
-        flat[path] = dataclasses.replace(nodes[path], key=part[0], value=part[1], trains=("key", "value"))
+    layers = {  # path -> those of its layers
+        p: layer_paths(p, n.key.shape[0]) if is_stacked(p) else [p] for p, n in nodes.items()
+    }
+    sizes = {one: nodes[p].key.shape[-3:] for p, paths in layers.items() for one in paths}  # (length, heads, size)
+    rest, pairs = mlp(), {}
+    for one in sorted(sizes, key=_natural):  # in the order of the layers, whatever the layout
+        shape = sizes[one]
+        part, rest = jnp.split(rest, [2 * shape[1] * shape[2]], axis=1)
+        pairs[one] = part.reshape(-1, 2, *shape[1:]).transpose(1, 0, 2, 3)
+    flat = {}
+    for path, paths in layers.items():
+        pair = jnp.stack([pairs[one] for one in paths], axis=1) if is_stacked(path) else pairs[path]
+        flat[path] = dataclasses.replace(nodes[path], key=pair[0], value=pair[1], trains=("key", "value"))
     return update({k: v for k, v in params.items() if k != REPARAMETRISATION}, flat)
 
 

@@ -36,10 +36,16 @@ class Family(NamedTuple):
       fixed: config key -> the only value supported.
       harmless: config keys of this family, beside HARMLESS, that change nothing about the function.
       check: raises for a config that the module cannot honour.
-      cache_shape: config -> (layers, key/value heads, head size); None for an encoder.
+      absent: config key -> its value where transformers' config has none.
+      cache_shape: config -> (layers, key/value heads, head size) of what decodes; None for an encoder.
       max_length: config -> longest text in tokens.
       bias_keys: config keys that give the linear layers biases, for a model saved with biases it had none of.
       transposed: whether Hugging Face stores a matrix of this path as (outputs, inputs).
+      start_id: config -> the token that a decoder beside an encoder starts from; None where there is no such pair.
+      bare: heads whose files leave the base's name out.
+      copies: patterns of names under which files may hold the embedding once more.
+      unties: whether a head in the file that differs from the embedding counts, though the config ties them.
+      places: (pattern, replacement) where a path here is another in Hugging Face's modules.
     """
 
     name: str
@@ -52,11 +58,23 @@ class Family(NamedTuple):
     renames: tuple[tuple[str, str], ...] = ()
     fixed: Mapping[str, Any] = {}
     harmless: tuple[str, ...] = ()
+    absent: Mapping[str, Any] = {}
     check: Callable[[Any], None] = lambda config: None
     cache_shape: Callable[[Any], tuple[int, int, int]] | None = None
     max_length: Callable[[Any], int] = lambda config: config.max_position_embeddings
     bias_keys: tuple[str, ...] = ()
     transposed: Callable[[str], bool] = lambda path: path.endswith("/kernel")
+    start_id: Callable[[Any], int] | None = None
+    bare: tuple[str, ...] = ("none",)
+    copies: tuple[str, ...] = ()
+    unties: bool = False
+    places: tuple[tuple[str, str], ...] = ()
+
+    def tensor(self, path: str) -> str:
+        """The name of a parameter in Hugging Face files, with the base's name."""
+        for pattern, replacement in self.places:
+            path = re.sub(pattern, replacement, path)
+        return hf_name(path)
 
 
 LISTS = "h|layers?|block"  # names of lists of modules; GPT-2's `ln_1` is no member of one
@@ -81,7 +99,7 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
     Raises:
       ValueError: keys that would change the function and are not honoured, with what is supported.
     """
-    values = {**values, "num_labels": len(values.get("id2label") or {0: 0, 1: 1})}
+    values = {**family.absent, **values, "num_labels": len(values.get("id2label") or {0: 0, 1: 1})}
     honoured = set(family.config._fields)
     bad = []
     for key, value in values.items():

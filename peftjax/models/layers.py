@@ -9,6 +9,7 @@ is added if there is one, a hook runs if and only if its node is there. Hook poi
 | Linear | `output` | y = the output with bias, x = the input |
 | block | `attention_output`, `mlp_output` | y = the sub-layer's output before the sum, x = its input |
 | block | `after_mlp` | the same, after `mlp_output`; in a post-norm block y = the block's output, after sum and norm |
+| block of a decoder beside an encoder | `cross_attention_output` | likewise |
 | attention | `prefix` | y = (keys, values), x = the module's input |
 | model | `shift` | y = positions, x = token ids |
 | model | `prompt` | y = (embedded text, mask, positions), x = None; see `begin` |
@@ -49,11 +50,14 @@ class Cache(NamedTuple):
         pair with a leading layer axis for the scanned layout.
       valid: (batch, length), True where the buffer holds a token that may be looked at.
       index: the number of slots filled.
+      source: (batch, source length), True where an encoder's states may be looked at; None without an encoder. A layer
+        then holds their keys and values too.
     """
 
     layers: Any
     valid: jax.Array
     index: jax.Array
+    source: jax.Array | None = None
 
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -186,8 +190,10 @@ def activation(name: str) -> Callable:
     return ACTIVATIONS[name]
 
 
-def attention(module, q, k, v, mask, *, dropout: float = 0.0, deterministic: bool = True):
-    """Scaled dot-product attention with grouped key/value heads and dropout on the probabilities.
+def attention(
+    module, q, k, v, mask, *, bias=None, scale: float | None = None, dropout: float = 0.0, deterministic: bool = True
+):
+    """Dot-product attention with grouped key/value heads and dropout on the probabilities.
 
     Args:
       module: gives the dropout key.
@@ -195,6 +201,8 @@ def attention(module, q, k, v, mask, *, dropout: float = 0.0, deterministic: boo
       k, v: (batch, keys, key/value heads, size).
       mask: (batch or 1, 1, queries, keys') booleans. Keys beyond keys' come first and are always seen:
         a prefix.
+      bias: (1, heads, queries, keys), added to the scores.
+      scale: of the scores, before the bias; default: 1 / sqrt(size).
 
     Returns:
       (batch, queries, heads · size)
@@ -203,12 +211,15 @@ def attention(module, q, k, v, mask, *, dropout: float = 0.0, deterministic: boo
     if extra:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (extra, 0)), constant_values=True)
     if deterministic or not dropout:
-        y = jax.nn.dot_product_attention(q, k, v, mask=mask)
+        y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
     else:
         groups = q.shape[2] // k.shape[2]
         grouped = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
         scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=jnp.float32)
-        scores = jnp.where(mask[:, :, None], scores * q.shape[-1] ** -0.5, jnp.finfo(jnp.float32).min)
+        scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if bias is not None:
+            scores = scores + bias.astype(jnp.float32).reshape(1, k.shape[2], groups, *bias.shape[2:])
+        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
         p = nn.Dropout(dropout, deterministic=False, parent=module)(jax.nn.softmax(scores, axis=-1))
         y = jnp.einsum("bhgqk,bkhd->bqhgd", p.astype(v.dtype), v)
     return y.reshape(*q.shape[:2], -1)
@@ -224,6 +235,15 @@ def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
     """(batch, length, width), (batch, length) of 0 and 1 -> (batch, width) at each row's last token, no padding."""
     last = jnp.argmax(jnp.where(mask > 0, jnp.arange(mask.shape[1]), -1), axis=1)
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+
+
+def shift_right(ids: jax.Array, start: int) -> jax.Array:
+    """What a decoder reads to predict `ids`, (batch, length): the start token, then all but the last of them.
+
+    >>> shift_right(jnp.array([[5, 6, 7]]), 0).tolist()
+    [[0, 5, 6]]
+    """
+    return jnp.concatenate([jnp.full_like(ids[:, :1], start), ids[:, :-1]], axis=1)
 
 
 def extend_cache(cache: Cache, attention_mask: jax.Array) -> tuple[Cache, jax.Array]:
