@@ -139,6 +139,24 @@ class Evaluate:
 
 
 @dataclasses.dataclass
+class Proxy:
+    """Scores a large model steered by a small one before and after tuning (proxy-tuning); nothing is trained.
+
+    Attributes:
+      antiexpert: the small model as it was.
+      expert: the small model tuned, as a folder; or give the adapter.
+      adapter: an adapter trained on the anti-expert, which makes it the expert.
+      alpha: how far to follow the difference of the two.
+    """
+
+    base: tyro.conf.OmitArgPrefixes[Base]
+    antiexpert: str
+    expert: str | None = None
+    adapter: Path | None = None
+    alpha: float = 1.0
+
+
+@dataclasses.dataclass
 class Merge:
     """Writes base and adapter as one model, in a folder that transformers loads.
 
@@ -216,6 +234,23 @@ def evaluate(args: Evaluate) -> None:
     _say(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
 
+def proxy(args: Proxy) -> None:
+    from . import compare as comparison
+
+    table = comparison.steer(
+        args.base.model,
+        args.base.task,
+        args.base.data,
+        antiexpert=args.antiexpert,
+        expert=args.expert,
+        adapter=args.adapter,
+        alpha=args.alpha,
+        say=_say,
+        **_prepare(args.base),
+    )
+    console.print(table)
+
+
 def merge(args: Merge) -> None:
     from . import compare as comparison
 
@@ -238,6 +273,7 @@ VERBS: dict[type, Callable] = {
     Compare: compare,
     Train: train,
     Evaluate: evaluate,
+    Proxy: proxy,
     Merge: merge,
     Methods: methods,
 }
@@ -245,6 +281,7 @@ Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Proxy, tyro.conf.subcommand("proxy")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
 )

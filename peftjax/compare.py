@@ -21,6 +21,7 @@ from .layout import stack_layers
 from .methods import at_rank, parse
 from .methods.base import virtual_tokens
 from .problem import Evaluator, Problem, prepare
+from .proxy import proxy, same_words
 from .run import (
     ZERO_SHOT,
     Entry,
@@ -189,6 +190,65 @@ def evaluate_ranks(
                 table.add_column(column, justify="right")
         trained = count(partition(cut, method.trainable(cut))[0])
         table.add_row(str(rank), f"{trained:,}", *(f"{v:.4g}" for v in scores.values()))
+    return table
+
+
+def steer(
+    model_name: str,
+    task: str,
+    source: str | None,
+    *,
+    antiexpert: str,
+    expert: str | None = None,
+    adapter: str | Path | None = None,
+    alpha: float = 1.0,
+    say: Callable[[str], Any] = print,
+    **options: Any,
+) -> Table:
+    """The scores of a large model by proxy-tuning (`peftjax.proxy`), beside those of the three models alone.
+
+    Args:
+      antiexpert: a small model, by folder or name.
+      expert: the same one tuned; or give the `adapter` that was trained on it.
+      alpha: how far to follow the difference of the two.
+
+    Raises:
+      ValueError: neither or both of `expert` and `adapter`; models that share no vocabulary or are no language models.
+    """
+    if (expert is None) == (adapter is None):
+        raise ValueError("proxy: give either the expert or the adapter that makes one of the anti-expert")
+    if get_task(task).kind != "generation":
+        raise ValueError(f"proxy: {task} is no generation task, and proxy-tuning is a way to decode")
+    names = {"base": model_name, "expert": expert or antiexpert, "anti-expert": antiexpert}
+    same_words(names, {role: hub.load_tokenizer(name) for role, name in names.items()})
+    dtypes = {k: options[k] for k in ("dtype", "param_dtype") if k in options}
+    small = hub.load(antiexpert, "generation", **dtypes)
+    tuned = small if expert is None else hub.load(expert, "generation", **dtypes)
+    if adapter is not None:
+        tuned = tuned._replace(params=load_adapter(adapter, small).params)
+        options["max_new_tokens"] = read_header(adapter)["extra"].get("config", {}).get("max_new_tokens")
+    room = min(small.max_length, tuned.max_length) - virtual_tokens(tuned.params)
+
+    def reserve(model: Model) -> int:
+        return max(0, model.max_length - room)
+
+    problem = prepare(model_name, task, source, need_train=False, reserve=reserve, **options)
+    _say_notes(problem, [], say)
+    three = proxy(problem.model, tuned, small, alpha)
+    rows = {
+        "base": (problem.model, problem.model.params),
+        "expert": (tuned, tuned.params),
+        "anti-expert": (small, small.params),
+        f"proxy, alpha {alpha:g}": (three, (problem.model.params, tuned.params, small.params)),
+    }
+    table = Table()
+    for role, (model, params) in rows.items():
+        scores = Evaluator(problem._replace(model=model)).scores(params)
+        if not table.columns:
+            table.add_column("model")
+            for column in scores:
+                table.add_column(column, justify="right")
+        table.add_row(role, *(f"{v:.4g}" for v in scores.values()))
     return table
 
 

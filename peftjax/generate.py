@@ -7,37 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from .hub import TASKS, Model
-from .layout import is_stacked
-from .models.layers import Cache
-from .tree import Tree, flatten
-from .weights import is_node
+from .proxy import Proxy
+from .tree import Tree
 
 
-def empty_cache(model: Model, params: Tree, batch: int, length: int) -> Cache:
-    """Buffers for `length` tokens of what decodes and, before its text, the virtual ones of a prompt.
-
-    Per-layer or stacked as the parameters are.
-
-    Raises:
-      ValueError: the model is an encoder.
-    """
-    if model.family.cache_shape is None:
-        raise ValueError(f"{model.family.name} is an encoder and cannot generate")
-    layers, heads, size = model.family.cache_shape(model.config)
-    prompt = params[model.family.base].get("prompt")
-    if prompt is not None and model.family.start_id is None:  # else the encoder reads it
-        length += prompt.n
-    shape = (batch, length, heads, size)
-
-    def pair(shape):
-        return jnp.zeros(shape, model.module.dtype), jnp.zeros(shape, model.module.dtype)
-
-    scanned = any(is_stacked(p) for p in flatten(params, is_leaf=is_node))
-    buffers = pair((layers, *shape)) if scanned else tuple(pair(shape) for _ in range(layers))
-    return Cache(buffers, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
-
-
-def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 0) -> Callable[..., jax.Array]:
+def greedy(model: Model | Proxy, max_new_tokens: int, eos_id: int | None, pad_id: int = 0) -> Callable[..., jax.Array]:
     """A jitted function that continues prompts with the most likely token, again and again.
 
     It compiles once for each shape of prompts. Rows that have ended are filled with `pad_id`; the loop stops
@@ -58,7 +32,7 @@ def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 
     encodes = model.family.start_id is not None
 
     def step(params, batch, cache, *, first):
-        way = {} if encodes else {"continued": not first}
+        way: dict[str, Any] = {} if encodes else {"continued": not first}
         out = model.forward(params, batch, cache=cache, last_only=True, **way)
         assert out.logits is not None  # a head with logits of tokens is asked for below
         return jnp.argmax(out.logits[:, -1], axis=-1).astype(jnp.int32), out.cache
@@ -66,7 +40,7 @@ def greedy(model: Model, max_new_tokens: int, eos_id: int | None, pad_id: int = 
     @jax.jit
     def generate(params: Tree, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
         rows, length = input_ids.shape
-        cache = empty_cache(model, params, rows, max_new_tokens if encodes else length + max_new_tokens)
+        cache = model.empty_cache(params, rows, max_new_tokens if encodes else length + max_new_tokens)
         prompt = {"input_ids": input_ids, "attention_mask": attention_mask}
         if not encodes:
             prompt["positions"] = jnp.maximum(jnp.cumsum(attention_mask, axis=1) - 1, 0)

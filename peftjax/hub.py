@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from . import quantize as quantization
-from .layout import unstack_layers
+from .layout import is_stacked, unstack_layers
 from .methods.base import Site, select
 from .models import FAMILIES, Family
 from .models.base import read_config
-from .models.layers import Output
+from .models.layers import Cache, Output
 from .tree import Tree, flatten, get, update
-from .weights import merge
+from .weights import is_node, merge
 
 TASKS = {  # what for -> heads that will do
     "causal-lm": ("causal-lm",),
@@ -87,6 +87,29 @@ class Model(NamedTuple):
         inputs |= {k: batch[k] for k in ("decoder_input_ids", "decoder_attention_mask") if k in batch}
         rngs = None if key is None else {"dropout": key}
         return self.module.apply({"params": params}, **inputs, **kwargs, deterministic=key is None, rngs=rngs)
+
+    def empty_cache(self, params: Tree, batch: int, length: int) -> Cache:
+        """Buffers for `length` tokens of what decodes and, before its text, the virtual ones of a prompt.
+
+        Per-layer or stacked as the parameters are.
+
+        Raises:
+          ValueError: the model is an encoder.
+        """
+        if self.family.cache_shape is None:
+            raise ValueError(f"{self.family.name} is an encoder and cannot generate")
+        layers, heads, size = self.family.cache_shape(self.config)
+        prompt = params[self.family.base].get("prompt")
+        if prompt is not None and self.family.start_id is None:  # else the encoder reads it
+            length += prompt.n
+        shape = (batch, length, heads, size)
+
+        def pair(shape):
+            return jnp.zeros(shape, self.module.dtype), jnp.zeros(shape, self.module.dtype)
+
+        scanned = any(is_stacked(p) for p in flatten(params, is_leaf=is_node))
+        buffers = pair((layers, *shape)) if scanned else tuple(pair(shape) for _ in range(layers))
+        return Cache(buffers, jnp.zeros((batch, length), bool), jnp.zeros((), jnp.int32))
 
     @property
     def max_length(self) -> int:

@@ -113,10 +113,8 @@ def test_what_cannot_generate_is_said(model):
     encoder = hub.from_config(tiny.config("bert"), "encoder")
     with pytest.raises(ValueError, match="a language model; this model's head is 'none'"):
         greedy(encoder, 3, EOS)
-    from peftjax.generate import empty_cache
-
     with pytest.raises(ValueError, match="bert is an encoder and cannot generate"):
-        empty_cache(encoder, encoder.params, 1, 8)
+        encoder.empty_cache(encoder.params, 1, 8)
     classifier = hub.from_config(tiny.config("llama"), "classification")
     with pytest.raises(ValueError, match="this model's head is 'classification'"):
         greedy(classifier, 3, EOS)

@@ -15,7 +15,6 @@ import transformers
 from conftest import CAPP, MINILM, SHARED, STORIES, needs_shared
 
 from peftjax import hub
-from peftjax.generate import empty_cache
 from peftjax.layout import stack_layers
 from peftjax.methods import bitfit, chain, lora, prefix
 from peftjax.models.layers import ACTIVATIONS, attention, causal_mask
@@ -402,7 +401,7 @@ def test_cached_equals_uncached(family, layout, with_prefix, key):
         batch["positions"] = jnp.maximum(batch["attention_mask"].cumsum(1) - 1, 0)
     want = ours(model, batch, params=params)
     step = fast(lambda params, batch, cache: model.forward(params, batch, cache=cache))
-    cache, logits = empty_cache(model, params, 3, 14), []
+    cache, logits = model.empty_cache(params, 3, 14), []
     for piece in (slice(0, 6), *(slice(i, i + 1) for i in range(6, 11))):
         out = step(params, {k: v[:, piece] for k, v in batch.items()}, cache)
         cache = out.cache
@@ -655,9 +654,9 @@ def test_gpt2_refuses_what_passes_its_positions(key):
     ours(model, texts(17), params=params)
     with pytest.raises(ValueError, match="18 tokens after 3 virtual ones"):
         ours(model, texts(18), params=params)
-    ours(model, texts(4), cache=empty_cache(model, model.params, 3, 20))
+    ours(model, texts(4), cache=model.empty_cache(model.params, 3, 20))
     with pytest.raises(ValueError, match="21 tokens are more than the 20 positions"):
-        ours(model, texts(4), cache=empty_cache(model, model.params, 3, 21))
+        ours(model, texts(4), cache=model.empty_cache(model.params, 3, 21))
 
 
 @pytest.mark.parametrize("family", DECODERS)

@@ -16,7 +16,7 @@ from test_models import LAYOUTS, assert_same, equations, layouts, moved, ours, t
 from peftjax import chain, combine, count, hub, node, partition
 from peftjax.checkpoint import load_adapter
 from peftjax.cli import main
-from peftjax.generate import empty_cache, greedy
+from peftjax.generate import greedy
 from peftjax.layout import stack_layers, unstack_layers
 from peftjax.methods import bitfit, dora, head, lora, prefix
 from peftjax.models.layers import shift_right
@@ -395,7 +395,7 @@ def test_cached_equals_uncached(layout, with_prefix, key):
     want = ours(model, batch, params=params).logits
     step = jax.jit(lambda params, batch, cache: model.forward(params, batch, cache=cache))
     prompt = {k: batch[k] for k in ("input_ids", "attention_mask")}
-    out = step(params, prompt, empty_cache(model, params, 3, 9))
+    out = step(params, prompt, model.empty_cache(params, 3, 9))
     logits = [out.logits]
     for piece in (slice(1, 4), slice(4, 5), slice(5, 7)):
         out = step(params, {"decoder_input_ids": batch["decoder_input_ids"][:, piece]}, out.cache)
