@@ -492,8 +492,7 @@ def run(*arguments):
 
 def test_every_verb_on_a_generation_task(at, tmp_path):
     base = ("--model", at / "t5", "--task", "e2e", "--data", at / "e2e")
-    methods = "prefix(length=3), bitfit, fishmask(fraction=0.1)"
-    run("compare", *base, *QUICK, "--methods", methods, "--out", tmp_path / "all")
+    run("compare", *base, *QUICK, "--methods", "prefix(length=3), bitfit", "--out", tmp_path / "all")
     rows = [json.loads(line) for line in (tmp_path / "all/results.jsonl").read_text().splitlines()]
     assert {r["method"] for r in rows} >= {"zero-shot", "prefix(length=3)", "bitfit"}
     assert all(np.isfinite(r["scores"]["loss"]) and "bleu" in r["scores"] for r in rows)
@@ -517,7 +516,8 @@ def test_every_verb_on_a_classification_task(at, tmp_path):
     run("evaluate", *base, "--adapter", adapter)
     run("merge", "--model", at / "t5", "--adapter", adapter, "--out", tmp_path / "merged")
     merged = transformers.T5ForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    batch = {k: np.minimum(v, 20) for k, v in texts(9).items()}
+    batch = texts(9)
+    batch["input_ids"] = np.clip(batch["input_ids"], 4, 20)  # transformers wants one end a row
     batch["input_ids"][:, -1] = 3
     got = ours(hub.load(tmp_path / "merged"), batch).logits
     assert_same(got, theirs(merged, batch).logits)

@@ -307,7 +307,7 @@ class T5(nn.Module):
         ids = decoder_input_ids
         if ids is None and cache is not None:
             ids = jnp.full((source.shape[0], 1), start_id(c), jnp.int32)
-        elif ids is None and (self.head == "classification" or self.is_initializing()):
+        elif ids is None and input_ids is not None and (self.head == "classification" or self.is_initializing()):
             ids = shift_right(input_ids, start_id(c))
         elif ids is None:
             raise ValueError("T5 needs decoder_input_ids: the target after `peftjax.models.layers.shift_right`")
