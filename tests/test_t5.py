@@ -134,15 +134,16 @@ def test_classifier(tmp_path, name, padding):
 
 def test_a_classifier_reads_the_last_of_several_ends(tmp_path):
     torch_model = torch_t5("t5", head="ForSequenceClassification", num_labels=1)
-    model, batch = moved(torch_model, tmp_path), ended("right")
-    batch["input_ids"][:, 2] = 1
-    want = theirs(torch_model, batch).logits
-    assert_same(ours(model, batch).logits, want)
-    batch["input_ids"][:, 2] = 7
-    assert np.abs(np.asarray(ours(model, batch).logits) - np.asarray(want)).max() > 1e-3
-    ends = batch["input_ids"] == 1
-    batch["input_ids"][ends] = 9  # without an end, the last token is read
-    assert_same(ours(model, batch).logits, ours(model, {k: v[:, :] for k, v in batch.items()}).logits)
+    model, batch = moved(torch_model, tmp_path), texts(9, "right")
+    batch["input_ids"][:, [1, 4]] = 1
+    assert_same(ours(model, batch).logits, theirs(torch_model, batch).logits)
+
+
+def test_a_classifier_reads_the_last_token_of_a_text_without_an_end(tmp_path):
+    model, batch = moved(torch_t5("t5", head="ForSequenceClassification"), tmp_path), ended("left")
+    batch["input_ids"][batch["input_ids"] == 1] = 49
+    other = model.module.clone(config=model.config._replace(eos_token_id=49))
+    assert_same(ours(model, batch).logits, ours(model._replace(module=other), batch).logits, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["t5", "mt5"])
@@ -632,6 +633,10 @@ def test_dropout(key):
     assert_same(first, again, atol=0)
     for x in (other, plain):
         assert jnp.abs(first - x).max() > 1e-3
+    program = equations(jax.make_jaxpr(model.forward)(model.params, batch, key).jaxpr)
+    drawn = sum(e.primitive.name == "random_bits" for e in program)
+    ends, encoder, decoder = 2, 4, 6  # a stack's input and output; probabilities, MLP, and what each sub-layer adds
+    assert drawn == (ends + 2 * encoder) + (ends + 3 * decoder)
 
 
 @layouts
