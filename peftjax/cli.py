@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -259,13 +260,13 @@ def merge(args: Merge) -> None:
 
 
 def methods(args: Methods) -> None:
-    from .methods import HEADER, TABLE, cells
+    from .methods import HEADER, lines
 
-    table = Table(title="Methods")
+    table = Table(box=box.SIMPLE_HEAD)
     for column in HEADER:
-        table.add_column(column)
-    for name in TABLE:
-        table.add_row(*cells(name))
+        table.add_column(column, no_wrap=column not in ("trains", "acts on"), overflow="fold")
+    for cells in lines():
+        table.add_row(*cells)
     console.print(table)
 
 

@@ -107,25 +107,15 @@ def test_the_verb(tmp_path, capsys):
     mask, noisy = method.trainable(params), tiny.roughen(params)
     params = jax.tree.map(lambda m, x, y: 3 * y if m else x, mask, params, noisy)
     save_adapter(tmp_path / "a.safetensors", base, method, params, {"config": {"max_new_tokens": 5}})
-    main(
-        ["proxy", "--model", str(big), "--task", "e2e", "--data", data, "--antiexpert", str(small)]
-        + ["--adapter", str(tmp_path / "a.safetensors"), "--alpha", "2"]
-    )
+    models = ["--model", str(big), "--antiexpert", str(small), "--adapter", str(tmp_path / "a.safetensors")]
+    main(["proxy", *models, "--task", "e2e", "--data", data, "--alpha", "2"])
     out = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line.split("│")[2].strip() for line in out.splitlines() if line.count("│") > 2}
     assert list(rows) == ["base", "expert", "anti-expert", "proxy, alpha 2"]
     assert len({*rows.values()}) == 4
     hub.save(base, params, tmp_path / "tuned", tiny.tokenizer())
-    table = steer(
-        str(big),
-        "e2e",
-        data,
-        antiexpert=str(small),
-        expert=str(tmp_path / "tuned"),
-        alpha=2,
-        max_new_tokens=5,
-        say=print,
-    )
+    tuned = str(tmp_path / "tuned")
+    table = steer(str(big), "e2e", data, antiexpert=str(small), expert=tuned, alpha=2, max_new_tokens=5)
     again = {str(a): str(b) for a, b in zip(table.columns[0].cells, table.columns[1].cells, strict=True)}
     assert float(again["proxy, alpha 2"]) == pytest.approx(float(rows["proxy, alpha 2"]), rel=1e-3)
     for kwargs, message in (({}, "either the expert or the adapter"), ({"expert": "a", "adapter": "b"}, "either")):

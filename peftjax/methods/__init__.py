@@ -124,9 +124,18 @@ def cells(name: str) -> list[str]:
     return [name, r.kind, r.trains, r.acts, "yes" if r.merges else "no", f"{r.rate:g}", r.paper, file]
 
 
+# No method, as it rewrites no tree: a way to decode, with a command of its own.
+PROXY = ["proxy", "additive", "nothing of the base", "logits", "no", "-", "arXiv:2401.08565", "../proxy.py"]
+
+
+def lines() -> list[list[str]]:
+    """The table of methods, one list of cells for each, under `HEADER`."""
+    return [*(cells(name) for name in TABLE), PROXY]
+
+
 def methods_table() -> str:
     """The table of methods in Markdown."""
-    rows = [HEADER, ["---"] * len(HEADER), *([f"`{name}`", *cells(name)[1:]] for name in TABLE)]
+    rows = [HEADER, ["---"] * len(HEADER), *([f"`{name}`", *rest] for name, *rest in lines())]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
