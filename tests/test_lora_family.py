@@ -11,7 +11,8 @@ import optax
 import pytest
 from reference import TOLERANCE, Link, check, fill, pair, peft, randomise, start, torch, transposed
 from safetensors.numpy import load_file
-from test_numerics import ALL, QV, bert_cased, lora_links, trained_count
+from test_counts import bert_cased, trained_count
+from test_numerics import ALL, QV, lora_links
 
 from peftjax import chain, merge, partition, stack_layers
 from peftjax.checkpoint import load_adapter, save_adapter
