@@ -529,16 +529,26 @@ T5 = {  # where three times as many attention modules as layers, or other names,
         lambda s, n: 3 * 6 * LAYERS * T5_INNER + 4 * LAYERS * (2 * D * 2 + D + 2),
     ),
 }
-# Every method on Llama and every family with these; the rest of the product is slow: `pytest -m slow`.
-CORE = ("full", "head", "bitfit", "fishmask+head", "lora", "dora", "prefix", "prompt", "adapter", "ia3")
-CELLS = pytest.mark.parametrize(
-    ("family", "name"),
-    [
-        pytest.param(f, name, marks=() if f == "llama" or name in CORE else pytest.mark.slow)
-        for f in FAMILIES
-        for name in CASES
-    ],
-)
+# What is quick runs for every row on Llama and for these on every family; what trains, for a row a method and for the
+# first eight. The whole product: `pytest -m "slow or not slow"`.
+CORE = ("full", "bitfit", "lora", "dora", "fishmask+head", "adapter", "prefix", "prompt", "head", "ia3")
+VARIANTS = [  # of a method that has another row
+    *("bitfit-subset", "fishmask-random", "lora-patterns", "rslora-dropout", "lora+lora_fa", "pissa-everywhere"),
+    *("vera-wider", "dora-everywhere", "adalora+lora+head", "dylora-frozen", "prefix-mlp", "prefix+lora"),
+    *("prompt-ids", "p_tuning-mlp", "adapter-dropped", "ia3-others", "trainable_tokens-frequent"),
+]
+
+
+def _cells(core, left_out=()):
+    def marks(family, name):
+        runs = name not in left_out if family == "llama" else name in core
+        return () if runs else pytest.mark.slow
+
+    cells = [pytest.param(f, name, marks=marks(f, name)) for f in FAMILIES for name in CASES]
+    return pytest.mark.parametrize(("family", "name"), cells)
+
+
+CELLS, TRAINING = _cells(CORE), _cells(CORE[:8], VARIANTS)
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 ALL_CASES = pytest.mark.parametrize("name", CASES)
 
@@ -606,7 +616,7 @@ def test_law_2_the_papers_leaves_and_count(models, family, name):
     assert count(trainable) == formula(SIZES[family], count(model.params))
 
 
-@CELLS
+@TRAINING
 def test_laws_3_and_4_frozen_stays_loss_falls_one_compilation(models, family, name):
     case, model = CASES[name], models[family]
     params = _adapt(model, case.method)
@@ -674,7 +684,7 @@ def test_a_spec_builds_the_method_again(models, name):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
 
-@CELLS
+@TRAINING
 def test_law_7_bf16_base(models, family, name):
     case, model = CASES[name], models[family]
     small = model._replace(params=cast(model.params, jnp.bfloat16), module=model.module.clone(dtype=jnp.bfloat16))
@@ -688,7 +698,7 @@ def test_law_7_bf16_base(models, family, name):
     assert {x.dtype for p, x in flatten(fitted.params).items() if mask[p]} == {jnp.dtype(jnp.float32)}
 
 
-@CELLS
+@TRAINING
 def test_the_scanned_layout_has_the_same_loss_and_gradients(models, family, name):
     case, model = CASES[name], models[family]
     params = _adapt(model, case.method)

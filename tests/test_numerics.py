@@ -853,9 +853,9 @@ def test_init_needs_no_values(name, base):
     if (name, base) == ("head", "llama"):
         task = "classification"
     model = hub.from_config(CONFIGS[base](), task, seed=None)
-    method = METHODS[name](
-        **{"fishmask": {"count": 99, "score": "random"}, "trainable_tokens": {"ids": [1, 2]}}.get(name, {})
-    )
+    needed = {"fishmask": {"count": 99, "score": "random"}, "trainable_tokens": {"ids": [1, 2]}}
+    needed["adalora"] = {"target_rank": 2, "init_rank": 3}
+    method = METHODS[name](**needed.get(name, {}))
     abstract = jax.eval_shape(lambda k, p: method.init(k, p, model.sites), jax.random.key(0), model.params)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), model.params)
     real = method.init(jax.random.key(0), zeros, model.sites)

@@ -93,11 +93,8 @@ def dora(
     With dropout, as in the authors' code, the change of the base's own output is dropped with A's input:
     `W x + (c - 1) W x̃ + c (alpha / r) B A x̃` where `c = m / ‖·‖`; that needs a second product with W.
 
-    Args: as for `lora`. The paper adapts query, key, value and the MLP and sets alpha to 2 r; the defaults here are
-    LoRA's, so that the two compare at one place and scale.
-
-    Raises:
-      ValueError: as `lora` does.
+    Args and errors as for `lora`. The paper adapts query, key, value and the MLP and sets alpha to 2 r; the defaults
+    here are LoRA's, so that the two compare at one place and scale.
 
     The count is `r (inputs + outputs) + outputs` a matrix.
 

@@ -35,8 +35,7 @@ class Tokens(Weight):
     def materialize(self):
         if self.only:
             raise ValueError(
-                "these Tokens act on the look-up of a tied embedding only, so no single table stands for them; "
-                "train with tied_embedding='both' to merge"
+                "these Tokens act on the look-up of a tied embedding only; train with tied_embedding='both'"
             )
         w = materialize(self.base)
         return w.at[self.ids].set(self.rows.astype(w.dtype))
@@ -74,13 +73,10 @@ def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied
     >>> new["wte"]["embedding"].rows.tolist()
     [[2.0, 3.0], [6.0, 7.0]]
     """
-    arguments = {
-        "ids": None if ids is None else [int(i) for i in ids],
-        "count": count,
-        "tied_embedding": tied_embedding,
-    }
-    if ids is not None and (not len(ids) or len({*ids}) < len(ids) or min(ids) < 0):
-        raise ValueError(f"trainable_tokens: ids must be different numbers of at least 0; got {list(ids)[:10]}")
+    given = None if ids is None else sorted(int(i) for i in ids)
+    arguments = {"ids": given, "count": count, "tied_embedding": tied_embedding}
+    if given is not None and (not given or len({*given}) < len(given) or given[0] < 0):
+        raise ValueError(f"trainable_tokens: ids must be different numbers of at least 0; got {given[:10]}")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"trainable_tokens: count must be a whole number of at least 1; got {count!r}")
     if tied_embedding not in ("both", "take"):
@@ -97,14 +93,13 @@ def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied
         return wrap(key, params, select(params, sites, ["embedding"]), new)
 
     def init(key, params, sites):
-        if ids is not None:
-            return put(sorted(int(i) for i in ids), key, params, sites)
+        if given is not None:
+            return put(given, key, params, sites)
         table = get(params, select(params, sites, ["embedding"])[0].path)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(table)):  # for shapes only, any ids will do
             return put(range(min(count, table.shape[0])), key, params, sites)
-        raise ValueError(
-            "trainable_tokens needs ids, or data before init: method.observed(objective, params, sites, batches)"
-        )
+        how = "method.observed(objective, params, sites, batches)"
+        raise ValueError(f"trainable_tokens needs ids, or data before init: {how}")
 
     def observe(objective, params, sites, batches):
         seen: Counter = Counter()
@@ -122,5 +117,5 @@ def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied
         init,
         trainable=masks.by_node(Tokens),
         saved=masks.by_node(Tokens, "ids", "rows"),
-        observe=observe if ids is None else None,
+        observe=observe if given is None else None,
     )
