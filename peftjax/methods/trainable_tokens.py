@@ -53,7 +53,7 @@ class Tokens(Weight):
 def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied_embedding: str = "both") -> Method:
     """Trains the embeddings of a few tokens, say new ones; other rows, and their moments, do not exist for it.
 
-    The rows start as they are. As in Hugging Face PEFT's method of this name; there is no paper.
+    The rows start as they are. As Hugging Face PEFT's method of this name; there is no paper.
 
     Args:
       ids: of the tokens; default: the `count` most frequent ones of the training batches (`method.observed`).
