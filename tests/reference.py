@@ -61,6 +61,19 @@ CONFIGS = {
         eos_token_id=0,
         bos_token_id=0,
     ),
+    "t5": lambda: transformers.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=WIDTH,
+        d_kv=6,
+        d_ff=20,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        feed_forward_proj="gated-gelu",
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        decoder_start_token_id=0,
+        pad_token_id=0,
+    ),
     "llama-tied": lambda: transformers.LlamaConfig(**LLAMA | {"tie_word_embeddings": True}),
 }
 
@@ -77,7 +90,8 @@ class Pair(NamedTuple):
 def base_pair(name: str, folder) -> Pair:
     torch.manual_seed(len(name))
     config = CONFIGS[name]()
-    kind = transformers.AutoModelForSequenceClassification if name == "bert" else transformers.AutoModelForCausalLM
+    kinds = {"bert": transformers.AutoModelForSequenceClassification, "t5": transformers.AutoModelForSeq2SeqLM}
+    kind = kinds.get(name, transformers.AutoModelForCausalLM)
     theirs = kind.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for path, p in theirs.named_parameters():
@@ -92,6 +106,8 @@ def base_pair(name: str, folder) -> Pair:
     batch["attention_mask"][2, :2] = 0  # padded left
     if name == "bert":
         batch["type_ids"] = (np.arange(7) > 3).astype(int)[None].repeat(3, 0)
+    if name == "t5":
+        batch["decoder_input_ids"] = rng.integers(1, VOCABULARY, (3, 5))
     return Pair(ours, theirs, batch)
 
 
@@ -142,7 +158,8 @@ def check(pair: Pair, theirs, method, params, links: dict[str, Link]) -> None:
     batch = {("token_type_ids" if k == "type_ids" else k): torch.tensor(v) for k, v in pair.batch.items()}
     expected = theirs(**batch).logits
     weight = np.random.default_rng(1).normal(size=expected.shape).astype(np.float32)
-    valid = pair.batch["attention_mask"] if expected.ndim == 3 else np.ones(expected.shape[:1], int)
+    whole = expected.ndim == 2 or "decoder_input_ids" in pair.batch
+    valid = np.ones(expected.shape[:-1], int) if whole else pair.batch["attention_mask"]
     weight *= valid.reshape(*valid.shape, *[1] * (expected.ndim - valid.ndim)) / valid.sum()  # a mean over tokens
     theirs.zero_grad()
     (expected * torch.tensor(weight)).sum().backward()
