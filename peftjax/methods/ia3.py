@@ -28,6 +28,7 @@ class IA3:
     side: str = static(default="output")
     width: int = static(default=0)
     trains = ("l",)
+    undecayed = ("l",)
 
     def factors(self) -> jax.Array:
         """(width) with ones where it does not act."""
