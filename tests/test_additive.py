@@ -1,6 +1,7 @@
 """Adapters, IA3, prompts and P-tuning against `peft`, or against torch with the equation hooked into the model."""
 
 import copy
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -184,6 +185,16 @@ def test_ia3(pair, name):
     base, _, _, method = IA3[name]
     theirs, params, links = with_ia3(pair, name)
     check(pair(base), theirs, method, params, links)
+
+
+def test_ia3_in_bfloat16_keeps_small_changes():
+    """Factors are near 1, where bfloat16 has steps of 0.4 and 0.8%."""
+    y = jax.random.normal(jax.random.key(0), (2, 3, 64)).astype(jnp.bfloat16)
+    hook = ia3(["k/kernel"]).init(jax.random.key(0), {"k": {"kernel": jnp.ones((3, 64))}}, ())["k"]["output"]
+    got = dataclasses.replace(hook, l=jnp.full(64, 1.003))(y, x=None, context=None)
+    assert got.dtype == jnp.bfloat16
+    assert np.array_equal(got, (y.astype(jnp.float32) * 1.003).astype(jnp.bfloat16))
+    assert not np.array_equal(got, y)
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
