@@ -298,7 +298,8 @@ def test_prompt_starts():
     rows = {x.tobytes() for x in np.asarray(table)}
     drawn = vectors(prompt(6))
     assert all(v.tobytes() in rows for v in drawn)
-    assert len({v.tobytes() for v in drawn}) > 1
+    assert len({v.tobytes() for v in vectors(prompt(len(rows)))}) == len(rows), "drawn without replacement"
+    assert vectors(prompt(len(table) + 1)).shape[0] == len(table) + 1
     uniform = vectors(prompt(50, start="random", bound=0.2))
     assert 0.1 < uniform.max() <= 0.2
     assert -0.2 <= uniform.min() < -0.1
