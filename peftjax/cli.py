@@ -63,7 +63,7 @@ class Training:
       batch_size: texts a step.
       schedule: how the learning rate falls after the warm-up.
       warmup: share of the steps in which it rises.
-      weight_decay: AdamW's; biases, norms and DoRA's lengths are spared.
+      weight_decay: AdamW's; biases, norms and what scales the base (DoRA's lengths, IA3's factors) are spared.
       clip: global norm of the gradient; 0 for none.
       accumulate: parts into which a batch is split, one after another, to save memory.
       eval_every: steps between evaluations; default: once an epoch.

@@ -21,6 +21,7 @@ from .checkpoint import StateFolder, write_atomically
 from .layout import stack_layers
 from .methods import Method
 from .tree import Tree, cast, combine, count, distinct, map_with_path, partition
+from .weights import map_nodes
 
 Objective = Callable[[Tree, dict, jax.Array], tuple[jax.Array, jax.Array]]
 
@@ -35,7 +36,7 @@ class Settings:
     learning_rate: float = 1e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"  # how the rate falls after the warm-up
     warmup: float = 0.06  # share of the steps in which the rate rises from 0
-    weight_decay: float = 0.01  # AdamW's; biases and norms are spared
+    weight_decay: float = 0.01  # AdamW's; see `decays` for what is spared
     clip: float | None = 1.0  # global norm of the trainables' gradient
     accumulate: int = 1  # parts into which a batch is split, one after another
     seed: int = 0
@@ -102,12 +103,20 @@ def schedule(settings: Settings, total: int) -> optax.Schedule:
 
 
 def decays(trainable: Tree) -> Tree:
-    """The mask of weight decay: all leaves but biases (the prefix MLP's are `b1`, `b2`), norms' scales, and lengths.
+    """The mask of weight decay: all leaves but biases (a prefix MLP's are `b1`, `b2`), norms' scales, and `undecayed`.
 
-    Decay of DoRA's lengths would shrink the base's weights, which LoRA's decay leaves as they are.
+    A class of nodes names in `undecayed` the fields that at 0 would not leave the base as it is: DoRA's lengths,
+    IA3's factors, PiSSA's and OLoRA's factors. Their decay would shrink the base's weights; LoRA's does not.
     """
-    spared = r"(^|/)(bias|scale|magnitude|b\d+)(/|$)"
-    return map_with_path(lambda path, _: re.search(spared, path) is None, trainable)
+    kept = set()
+
+    def note(path, n):
+        kept.update(f"{path}/{field}" for field in getattr(type(n), "undecayed", ()))
+        return n
+
+    map_nodes(note, trainable)
+    spared = r"(^|/)(bias|scale|b\d+)(/|$)"
+    return map_with_path(lambda path, _: path not in kept and re.search(spared, path) is None, trainable)
 
 
 def make_optimizer(settings: Settings, total: int, method: Method) -> optax.GradientTransformationExtraArgs:

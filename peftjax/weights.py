@@ -106,6 +106,7 @@ class Weight:
     base: Any
     trains: tuple[str, ...] = ()  # names of the fields that train
     repeats: tuple[str, ...] = ()  # names of the fields that stand for entries of the base and add none
+    undecayed: tuple[str, ...] = ()  # names of the fields that weight decay spares: at 0 the base would not be itself
     quantized: bool = False  # of a class: its fields are codes for the array's entries, and none of them can train
     regrows: tuple[str, ...] = ()  # names of the fields that `regrow(**static fields)` makes: no file holds them
 

@@ -1,6 +1,7 @@
 """Adapters, IA3, prompts and P-tuning against `peft`, or against torch with the equation hooked into the model."""
 
 import copy
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -193,6 +194,16 @@ def test_ia3(pair, name):
     check(pair(base), theirs, method, params, links)
 
 
+def test_ia3_in_bfloat16_keeps_small_changes():
+    """Factors are near 1, where bfloat16 has steps of 0.4 and 0.8%."""
+    y = jax.random.normal(jax.random.key(0), (2, 3, 64)).astype(jnp.bfloat16)
+    hook = ia3(["k/kernel"]).init(jax.random.key(0), {"k": {"kernel": jnp.ones((3, 64))}}, ())["k"]["output"]
+    got = dataclasses.replace(hook, l=jnp.full(64, 1.003))(y, x=None, context=None)
+    assert got.dtype == jnp.bfloat16
+    assert np.array_equal(got, (y.astype(jnp.float32) * 1.003).astype(jnp.bfloat16))
+    assert not np.array_equal(got, y)
+
+
 @pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
 def test_merged_ia3_is_peft_merge_and_unload(pair, name):
     base = IA3[name][0]
@@ -317,7 +328,8 @@ def test_prompt_starts():
     rows = {x.tobytes() for x in np.asarray(table)}
     drawn = vectors(prompt(6))
     assert all(v.tobytes() in rows for v in drawn)
-    assert len({v.tobytes() for v in drawn}) > 1
+    assert len({v.tobytes() for v in vectors(prompt(len(rows)))}) == len(rows), "drawn without replacement"
+    assert vectors(prompt(len(table) + 1)).shape[0] == len(table) + 1
     uniform = vectors(prompt(50, start="random", bound=0.2))
     assert 0.1 < uniform.max() <= 0.2
     assert -0.2 <= uniform.min() < -0.1

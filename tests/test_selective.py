@@ -11,8 +11,8 @@ import scipy.stats
 import tiny
 from reference import Link, check, fill, negative_log_likelihood, pair, peft, randomise, start
 
-from peftjax import hub, merge, partition
-from peftjax.methods import child_tuning, full, norm_tuning, trainable_tokens
+from peftjax import chain, hub, merge, partition
+from peftjax.methods import child_tuning, full, lora_fa, norm_tuning, pissa, prefix, trainable_tokens, vera
 from peftjax.methods.child_tuning import drawn_gradients
 from peftjax.methods.fishmask import Sparse, fisher
 from peftjax.methods.trainable_tokens import Tokens
@@ -155,6 +155,26 @@ def test_child_tuning_f_is_adam_on_masked_gradients(key):
         ours = optax.apply_updates(ours, updates)
         np.testing.assert_allclose(ours["w"], w, atol=1e-4)
         assert 0 < mask.sum() < 50
+
+
+OTHERS = [lora_fa(rank=2), pissa(rank=2), vera(rank=2), prefix(2)]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda m: m.spec[0][0])
+def test_child_tuning_f_draws_from_the_base_alone(pair, other):
+    """Beside another method: the base trains, that method's own leaves as it says, and theirs is the whole gradient."""
+    model = pair("gpt2").ours
+    both = chain(other, child_tuning("F", 0.4))
+    params = both.init(jax.random.key(0), model.params, model.sites)
+    theirs, mask = flatten(other.trainable(params)), flatten(both.trainable(params))
+    base = sum(x.size for x in jax.tree.leaves(model.params))
+    trained = sum(x.size for p, x in flatten(params).items() if mask[p] and not theirs[p])
+    assert trained == base
+    trainable, _ = partition(params, both.trainable(params))
+    tx = both.optimizer(optax.with_extra_args_support(optax.identity()))
+    out, _ = tx.update(jax.tree.map(jnp.ones_like, trainable), tx.init(trainable), trainable, key=jax.random.key(1))
+    for path, x in flatten(out).items():
+        assert set(np.unique(x)) <= ({1.0} if theirs[path] else {0.0, np.float32(2.5)}), path
 
 
 def test_child_tuning_d_trains_the_largest_of_the_blocks_and_all_of_the_rest(pair):

@@ -13,9 +13,9 @@ import optax
 import pytest
 import tiny
 
-from peftjax import chain, combine, masks, method, partition
+from peftjax import chain, combine, masks, merge, method, partition, unstack_layers
 from peftjax.checkpoint import StateFolder
-from peftjax.methods import bitfit, dora, full, head, lora, prefix
+from peftjax.methods import bitfit, dora, full, head, ia3, lora, olora, pissa, prefix, vera
 from peftjax.problem import Evaluator, objective
 from peftjax.train import (
     Interrupted,
@@ -131,6 +131,26 @@ def test_weight_decay_spares_biases_and_norms_whatever_stands_there(rte):
         "prefix_mlp/b1",
         "prefix_mlp/b2",
     }
+
+
+@pytest.mark.parametrize("layout", ["loop", "scan"])
+@pytest.mark.parametrize(
+    "method",
+    [lora(rank=2), dora(rank=2), ia3(), pissa(rank=2), olora(rank=2), vera(rank=2)],
+    ids=lambda m: m.spec[0][0],
+)
+def test_weight_decay_alone_leaves_the_base_as_it_is(rte, method, layout):
+    """What decays must be what is nothing at 0."""
+    params = method.init(jax.random.key(0), rte.model.params, rte.model.sites)
+    tx = make_optimizer(Settings(learning_rate=0.1, weight_decay=0.5, schedule="constant", warmup=0), 5, method)
+    state, frozen = start(method, params, tx, layout)
+    trainable, opt_state = state.trainable, state.opt_state
+    for _ in range(5):
+        updates, opt_state = tx.update(jax.tree.map(jnp.zeros_like, trainable), opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+    after = flatten(merge(unstack_layers(combine(trainable, frozen))))
+    for path, x in flatten(rte.model.params).items():
+        np.testing.assert_allclose(after[path], x, atol=1e-5, err_msg=path)
 
 
 def test_weight_decay_acts_where_the_gradient_is_zero():

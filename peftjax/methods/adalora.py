@@ -199,7 +199,8 @@ def adalora(
     those out of the budget (`Budget`) get λ = 0 every ΔT steps. To the loss comes `orthogonality` times the mean over
     all P and Q of `‖PᵀP - I‖_F`; as the code has it, where equation 4 sums squares. P and Q start normal with
     deviation 0.02, Λ zero, so the function starts unchanged; r is `init_rank` to the end. Shapes never change; the
-    adapter file leaves out what is 0, so a loaded adapter's ranks differ by matrix.
+    adapter file leaves out what is 0, so a loaded adapter's ranks differ by matrix. Where training clips, the
+    sensitivity takes the gradient before; the authors' code takes it after.
 
     Args:
       target_rank: the final rank, on average over the matrices.

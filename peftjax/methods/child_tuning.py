@@ -1,5 +1,6 @@
 """Child-Tuning: a step updates a random part of the network, or the part that the Fisher information picks."""
 
+import dataclasses
 import math
 
 import jax
@@ -9,8 +10,8 @@ import optax
 from jax.core import Tracer
 
 from .. import masks
-from ..tree import flatten, map_with_path
-from ..weights import Trained, Weight, is_node
+from ..tree import Tree, flatten, map_with_path
+from ..weights import Blocks, Trained, Weight, data_fields, is_node, is_quantized
 from .base import Method, Site, mark, method
 from .fishmask import Candidate, Sparse, fisher, largest, put_sparse, spread
 
@@ -18,10 +19,10 @@ from .fishmask import Candidate, Sparse, fisher, largest, put_sparse, spread
 def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Method:
     """Updates a child network only: Xu et al. 2021 (arXiv:2109.05687), sections 2.2 and 2.3.
 
-    Mode 'F', task-free: every step draws `M ~ Bernoulli(p)` for each entry of every array, the task head's included,
-    and the optimizer sees `g ⊙ M / p`. Mode 'D', task-driven: of all entries in the blocks, the share p with the
-    largest Fisher information trains, chosen once before training; embeddings, pooler and head train whole, as in the
-    authors' code, and there is no factor 1/p.
+    Mode 'F', task-free: every step draws `M ~ Bernoulli(p)` for each entry of every array of the base, the task head's
+    included, and the optimizer sees `g ⊙ M / p`; what other methods of a `chain` add is theirs. Mode 'D', task-driven:
+    of all entries in the blocks, the share p with the largest Fisher information trains, chosen once before training;
+    embeddings, pooler and head train whole, as in the authors' code, and there is no factor 1/p.
 
     Deviations. 'D' keeps moments of the chosen entries alone (`fishmask`'s node), which gives the same steps as Adam on
     masked gradients, but weight decay leaves the other entries alone; the code decays all. Its Fisher information is
@@ -51,7 +52,7 @@ def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Met
             "child_tuning",
             arguments,
             init=lambda key, params, sites: params,
-            trainable=masks.everything,
+            trainable=of_the_base,
             optimizer=lambda tx: drawn_gradients(tx, p),
         )
 
@@ -107,14 +108,31 @@ def _rest(params, sites: tuple[Site, ...]):
     return mark("child_tuning", params, [x for x, w in leaves.items() if not x.startswith(blocks) and not is_node(w)])
 
 
+def of_the_base(params: Tree) -> Tree:
+    """The mask of the base's own floating arrays, also of those that nodes stand on; nothing of what methods added."""
+
+    def visit(x):
+        if not is_node(x):
+            return bool(jnp.issubdtype(x.dtype, jnp.floating))
+        own = {Trained: "value", Blocks: "blocks"}.get(type(x), "base") if not is_quantized(x) else ""
+        fields = {f: getattr(x, f) for f in data_fields(x)}
+        marked = {f: of_the_base(y) if f == own else jax.tree.map(lambda _: False, y) for f, y in fields.items()}
+        return dataclasses.replace(x, **marked)
+
+    return jax.tree.map(visit, params, is_leaf=is_node)
+
+
 def drawn_gradients(tx: optax.GradientTransformation, p: float) -> optax.GradientTransformationExtraArgs:
-    """The transformation on gradients of which a fresh share p is kept, over p (section 2.2, equation 4)."""
+    """The transformation on gradients of which, in the base, a fresh share p is kept, over p (section 2.2)."""
     tx = optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, **extra):
         leaves, structure = jax.tree.flatten(updates)
-        keys = jax.random.split(extra["key"], len(leaves))
-        kept = [jnp.where(jax.random.bernoulli(k, p, g.shape), g / p, 0) for k, g in zip(keys, leaves, strict=True)]
+        keys, own = jax.random.split(extra["key"], len(leaves)), jax.tree.leaves(of_the_base(updates))
+        kept = [
+            jnp.where(jax.random.bernoulli(k, p, g.shape), g / p, 0) if of_base else g
+            for k, g, of_base in zip(keys, leaves, own, strict=True)
+        ]
         return tx.update(jax.tree.unflatten(structure, kept), state, params, **extra)
 
     return optax.GradientTransformationExtraArgs(tx.init, update)

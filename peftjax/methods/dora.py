@@ -32,6 +32,7 @@ class DoRA(Weight):
     dropout: float = static(default=0.0)
     only: str | None = static(default=None)
     trains: tuple[str, ...] = static(default=("a", "b", "magnitude"))
+    undecayed = ("magnitude",)
 
     def stretch(self) -> jax.Array:
         """`m / ‖V‖`, (outputs) in float32; the norm is a constant to the gradient (section 4.3).

@@ -28,6 +28,7 @@ class IA3:
     side: str = static(default="output")
     width: int = static(default=0)
     trains = ("l",)
+    undecayed = ("l",)
 
     def factors(self) -> jax.Array:
         """(width) with ones where it does not act."""
@@ -38,7 +39,8 @@ class IA3:
         return full
 
     def __call__(self, y, *, x, context):
-        return y * self.factors().astype(y.dtype)
+        f = self.factors()  # bfloat16 would round what is near 1 by up to 0.4%
+        return (y.astype(f.dtype) * f.reshape(*(1,) * (y.ndim - 1), -1)).astype(y.dtype)
 
     def fold(self, siblings: Mapping) -> dict:
         """The layer's kernel and bias with the factors in them."""

@@ -37,6 +37,7 @@ class Moved(Weight):
     only: str | None = static(default=None)
     trains = ("a", "b")
     repeats = ("a0", "b0")
+    undecayed = ("a", "b")
 
     def lora(self) -> LoRA:
         """The same weight as a LoRA of rank 2 r."""

@@ -50,8 +50,8 @@ def prompt(
 
     Args:
       length: n.
-      start: 'vocabulary', embeddings of tokens drawn from the 5,000 first, the most frequent ones; or 'random',
-        uniform in ±bound (section 3.2).
+      start: 'vocabulary', embeddings of tokens drawn from the 5,000 first, the most frequent ones, none of them twice;
+        or 'random', uniform in ±bound (section 3.2).
       ids: token ids whose embeddings come first, such as the labels' or a text's; the rest starts as `start` says.
       text: a text to start from, in place of `ids`; `with_text_ids` gives its ids, as the command line does.
       bound: of the uniform start.
@@ -93,7 +93,8 @@ def prompt(
         if start == "random":
             rest = jax.random.uniform(key, (n, place.width), minval=-bound, maxval=bound)
         else:
-            rest = take(table, jax.random.randint(key, (n,), 0, min(rows, FREQUENT)))
+            most = min(rows, FREQUENT)
+            rest = take(table, jax.random.choice(key, most, (n,), replace=n > most))
         first = take(table, jnp.asarray(given, jnp.int32))
         return update(params, {f"{place.path}/prompt": Prompt(jnp.concatenate([first.astype(rest.dtype), rest]))})
 
