@@ -13,9 +13,20 @@ from reference import WIDTH, Link, check, fill, pair, peft, randomise, start, to
 
 from peftjax import chain, hub, merge, stack_layers
 from peftjax.generate import greedy
-from peftjax.methods import adapter, build, ia3, lora, mam, p_tuning, parallel_adapter, pfeiffer, prefix, prompt
+from peftjax.methods import (
+    adapter,
+    build,
+    ia3,
+    lora,
+    mam,
+    p_tuning,
+    parallel_adapter,
+    pfeiffer,
+    prefix,
+    prompt,
+    with_text_ids,
+)
 from peftjax.methods.adapter import Adapter
-from peftjax.methods.prompt import with_text_ids
 from peftjax.models.base import hf_name
 from peftjax.tree import flatten, get, map_with_path
 from peftjax.weights import is_node

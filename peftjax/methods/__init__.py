@@ -4,7 +4,7 @@ import ast
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .adalora import adalora as adalora
 from .adapter import adapter as adapter, parallel_adapter as parallel_adapter, pfeiffer as pfeiffer
@@ -32,7 +32,7 @@ from .norm_tuning import norm_tuning as norm_tuning
 from .p_tuning import p_tuning as p_tuning
 from .pissa import as_lora as as_lora, olora as olora, pissa as pissa
 from .prefix import prefix as prefix
-from .prompt import prompt as prompt, with_text_ids as with_text_ids
+from .prompt import prompt as prompt
 from .trainable_tokens import trainable_tokens as trainable_tokens
 from .vera import vera as vera
 
@@ -168,6 +168,21 @@ def build(name: str, arguments: dict) -> Method:
 def from_spec(spec) -> Method:
     """The method that a spec, as an adapter file holds it, describes."""
     return chain(*(build(name, dict(arguments)) for name, arguments in spec))
+
+
+def with_text_ids(made: Method, tokenizer: Any) -> Method:
+    """The method with the token ids of its prompts' texts, at most as many as the prompt has room for."""
+
+    def one(name, arguments):
+        text = arguments.get("text") if name == "prompt" else None
+        if text is None or arguments["ids"] is not None:
+            return build(name, arguments)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: arguments["length"]]
+        return build(name, {**arguments, "ids": ids})
+
+    if all(name != "prompt" for name, _ in made.spec):
+        return made
+    return chain(*(one(name, dict(arguments)) for name, arguments in made.spec))
 
 
 def parse(text: str) -> dict[str, Method]:

@@ -342,6 +342,15 @@ def mark(name: str, params: Tree, places: Iterable[str | Site]) -> Tree:
     return wrap(jax.random.key(0), params, sites, trained)
 
 
+def refuse_codes(name: str, params: Tree) -> None:
+    """Raises where the base is quantised, for a method that would train all of it; `name` is the method."""
+    if codes := quantized_paths(params):
+        raise ValueError(
+            f"{name}: the base is quantised ({codes[0]} and {len(codes) - 1} more), and codes cannot train; load it "
+            "without quantize, or choose a method that keeps the base frozen, such as lora"
+        )
+
+
 def path_key(key: jax.Array, path: str) -> jax.Array:
     """A key for one path, the same in whatever order or company the path is met."""
     return jax.random.fold_in(key, zlib.crc32(path.encode()))

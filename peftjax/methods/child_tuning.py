@@ -12,7 +12,7 @@ from jax.core import Tracer
 from .. import masks
 from ..tree import Tree, flatten, map_with_path
 from ..weights import Blocks, Trained, Weight, data_fields, is_node, is_quantized
-from .base import Method, Site, mark, method
+from .base import Method, Site, mark, method, refuse_codes
 from .fishmask import Candidate, Sparse, fisher, largest, put_sparse, spread
 
 
@@ -35,8 +35,8 @@ def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Met
       samples: of 'D', examples that the Fisher information is estimated from.
 
     Raises:
-      ValueError: an impossible argument; or, from `init`, 'D' without `method.observed` before, or on a tree without
-        blocks.
+      ValueError: an impossible argument; or, from `init`, a quantised base, or for 'D' a tree without blocks, or that
+        `method.observed` was not called.
 
     The count is all for 'F' (with the optimizer's state of full fine-tuning), `p` of the blocks plus the rest for 'D'.
     """
@@ -48,10 +48,15 @@ def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Met
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise ValueError(f"child_tuning: samples must be a whole number of at least 1; got {samples!r}")
     if mode == "F":
+
+        def start(key, params, sites):
+            refuse_codes("child_tuning", params)
+            return params
+
         return method(
             "child_tuning",
             arguments,
-            init=lambda key, params, sites: params,
+            init=start,
             trainable=of_the_base,
             optimizer=lambda tx: drawn_gradients(tx, p),
         )
@@ -89,6 +94,7 @@ def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Met
 
 def _in_blocks(params, sites: tuple[Site, ...], p: float):
     """What entries of the blocks may be chosen from, and how many."""
+    refuse_codes("child_tuning", params)
     blocks = tuple(f"{s.path}/" for s in sites if s.kind == "block")
     leaves = {x: w for x, w in flatten(params, is_leaf=is_node).items() if blocks and x.startswith(blocks)}
     if taken := [x for x, w in leaves.items() if isinstance(w, Weight)]:

@@ -1,8 +1,7 @@
 """Full fine-tuning: everything trains."""
 
 from .. import masks
-from ..weights import quantized_paths
-from .base import Method, method
+from .base import Method, method, refuse_codes
 
 
 def full() -> Method:
@@ -17,11 +16,7 @@ def full() -> Method:
     """
 
     def init(key, params, sites):
-        if codes := quantized_paths(params):
-            raise ValueError(
-                f"full: the base is quantised ({codes[0]} and {len(codes) - 1} more), and codes cannot train; load it "
-                "without quantize, or choose a method that keeps the base frozen, such as lora"
-            )
+        refuse_codes("full", params)
         return params
 
     return method("full", {}, init, trainable=masks.everything)

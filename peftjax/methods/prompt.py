@@ -113,19 +113,3 @@ def where(name: str, params: Tree, sites) -> tuple[Site, Any]:
     if not {"input", "embedding"} <= set(by_kind):
         raise ValueError(f"{name}: the sites must name the model's 'input' and 'embedding'; they are {sorted(by_kind)}")
     return by_kind["input"], get(params, by_kind["embedding"].path)
-
-
-def with_text_ids(made: Method, tokenizer: Any) -> Method:
-    """The method with the token ids of its prompts' texts, at most as many as the prompt has room for."""
-    from . import build, chain
-
-    def one(name, arguments):
-        text = arguments.get("text") if name == "prompt" else None
-        if text is None or arguments["ids"] is not None:
-            return build(name, arguments)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"][: arguments["length"]]
-        return build(name, {**arguments, "ids": ids})
-
-    if all(name != "prompt" for name, _ in made.spec):
-        return made
-    return chain(*(one(name, dict(arguments)) for name, arguments in made.spec))

@@ -64,8 +64,6 @@ def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied
     Raises:
       ValueError: no ids, one twice, or one below 0; or, from `init`, one beyond the table, or unobserved batches.
 
-    The count is `ids · d`.
-
     >>> from peftjax import Site
     >>> params = {"wte": {"embedding": jnp.arange(8.0).reshape(4, 2)}}
     >>> sites = [Site("wte/embedding", "embedding", width=2)]
