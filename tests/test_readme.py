@@ -58,6 +58,23 @@ def test_the_new_method_is_short_and_obeys_the_laws(tmp_path):
         METHODS.pop("krona", None)
 
 
+def test_the_diff_of_a_method_is_what_is_there():
+    """Every added line stands in the file that the block names; the new file is shown whole."""
+    (block,) = re.findall(r"```diff\n(.*?)```", TEXT, re.DOTALL)
+    for part in re.split(r"^--- ", block, flags=re.MULTILINE)[1:]:
+        name, *added = part.splitlines()
+        text = (README.parent / name.split()[0]).read_text()
+        if "(new)" in name:
+            assert "\n".join(line[1:] for line in added) == text.rstrip()
+        assert all(line[1:] in text.splitlines() for line in added), name
+
+
+def test_a_method_is_a_short_file():
+    files = [f for f in (README.parent / "peftjax/methods").glob("*.py") if f.name not in ("__init__.py", "base.py")]
+    lengths = sorted(len(f.read_text().splitlines()) for f in files)
+    assert lengths[len(lengths) // 2] <= 120
+
+
 def test_the_table_of_methods_is_the_tables():
     block = re.search(r"<!-- methods -->\n(.*?)\n<!-- /methods -->", TEXT, re.DOTALL)
     assert block is not None

@@ -21,11 +21,8 @@ def norm_tuning() -> Method:
         sites = tuple(sites)
         modules = {s.module for s in sites if s.kind == "norm"}
         if not modules:
-            raise ValueError(
-                f"norm_tuning: this model names no norms; its kinds of site are {sorted({s.kind for s in sites})}"
-            )
-        return mark(
-            "norm_tuning", params, [p for p in flatten(params, is_leaf=is_node) if p.rpartition("/")[0] in modules]
-        )
+            raise ValueError(f"norm_tuning: no site is a norm; their kinds are {sorted({s.kind for s in sites})}")
+        leaves = flatten(params, is_leaf=is_node)
+        return mark("norm_tuning", params, [p for p in leaves if p.rpartition("/")[0] in modules])
 
     return method("norm_tuning", {}, init, trainable=masks.by_node(Trained))
