@@ -267,7 +267,8 @@ class Evaluator:
     def generate(self, params: Tree) -> list[str]:
         """Greedy continuations of the problem's prompts, in their order."""
         p = self.problem
-        buckets = data.bucket_lengths([len(e.input_ids) for e in p.prompts], 3)
+        few = max(1, min(3, len(p.prompts) // EVAL_BATCH))  # each length costs a compilation
+        buckets = data.bucket_lengths([len(e.input_ids) for e in p.prompts], few)
         texts: dict[int, str] = {}
         for batch in data.batches(p.prompts, EVAL_BATCH, buckets, pad_id=p.pad_id, side="left"):
             tokens = np.asarray(self._generate(params, batch["input_ids"], batch["attention_mask"]))
