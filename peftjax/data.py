@@ -397,7 +397,8 @@ def _too_long(task: Task, lengths: Sequence[int], limit: int) -> list[int]:
         raise ValueError(
             f"{len(long)} of {len(lengths)} texts of task {task.name!r} are longer than {limit} tokens (the "
             f"longest has {max(lengths)}, row {lengths.index(max(lengths)) + 1}); raise max_length (up to "
-            "the model's own), shorten them, or allow cutting with task._replace(truncate=True)."
+            "the model's own, less what virtual tokens take), shorten them, or allow cutting with "
+            "task._replace(truncate=True)."
         )
     return long
 

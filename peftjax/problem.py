@@ -120,11 +120,15 @@ def prepare(
     tokenizer = hub.load_tokenizer(model_name)
     reserved = reserve(model)
     room = model.max_length - reserved
-    if room < 1:
+    special = tokenizer.num_special_tokens_to_add(pair=task.kind != "generation" and len(task.inputs) > 1)
+    if room <= special:
         raise ValueError(
-            f"{reserved} virtual tokens leave no room for a text in the {model.max_length} positions of this model"
+            f"{reserved} virtual tokens leave no room for a text in the {model.max_length} positions of this model, "
+            f"{special} of them for special tokens; write a shorter prompt or prefix"
         )
     limit = min(max_length or task.max_length, room)
+    if limit <= special:
+        raise ValueError(f"max_length {limit} leaves no room for a text: {special} are special tokens; write more")
     notes = []
 
     def encode(rows, what, **kwargs):

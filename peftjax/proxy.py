@@ -4,6 +4,7 @@ Nothing of the large model trains, and only its logits are needed. Tune the smal
 do); before and after tuning it is the anti-expert and the expert.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -83,6 +84,8 @@ def proxy(base: Model, expert: Model, antiexpert: Model, alpha: float = 1.0) -> 
     for role, model in roles.items():
         if model.module.head not in ("causal-lm", "seq2seq-lm"):
             raise ValueError(f"proxy: the {role} must be a language model; its head is {model.module.head!r}")
+    if not math.isfinite(alpha):
+        raise ValueError(f"proxy: alpha must be a finite number; got {alpha}")
     sizes = {role: model.config.vocab_size for role, model in roles.items()}
     if len({*sizes.values()}) > 1:
         raise ValueError(f"proxy: the three must share one vocabulary; their sizes are {sizes}")

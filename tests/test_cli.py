@@ -344,6 +344,11 @@ BAD = {
     ),
     "rank": (lambda at: {"method": "lora(rank=17)"}, "rank 17 is larger than the matrix bert/encoder/layer_0/"),
     "prefix without room": (lambda at: {"method": "prefix(length=64)"}, "64 virtual tokens leave no room"),
+    "prompt with room for special tokens alone": (
+        lambda at: {"method": "prompt(length=61)"},
+        "61 virtual tokens leave no room for a text in the 64 positions of this model, 3 of them for special tokens",
+    ),
+    "length of special tokens": (lambda at: {"max-length": 3}, "max_length 3 leaves no room for a text"),
     "rate": (lambda at: {"lr": "nan"}, "learning_rate must be a number above 0; got nan"),
     "accumulate": (lambda at: {"accumulate": 0}, "accumulate must be at least 1"),
     "train limit": (lambda at: {"train-limit": 0}, "train_limit must be at least 1; got 0"),

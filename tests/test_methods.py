@@ -733,6 +733,7 @@ BAD = {
     "dropout 1": (lambda: lora(dropout=1.0), r"\[0, 1\)"),
     "tied": (lambda: lora(tied_embedding="head"), "'both' or 'take'"),
     "targets a string": (lambda: lora(targets="query"), r"list .*\['query'\]"),
+    "a target no text": (lambda: lora(targets=["query", 3]), "kinds or patterns.*got 3"),  # type: ignore[list-item] # the point
     "a broken pattern": (lambda: lora(targets=["q("]), "regular expression"),
     "a bias as a matrix": (lambda: lora(targets=[".*/bias"]), "expected a matrix"),
     "bitfit of an embedding": (lambda: bitfit(["embedding"]), "create=True"),
@@ -764,6 +765,10 @@ BAD = {
     "adalora, a share past the end": (
         lambda: adalora(2, 3, warmup=1.5),
         r"warmup must .* a share in \[0, 1\); got 1.5",
+    ),
+    "adalora, shares past the end": (
+        lambda: adalora(2, 3, warmup=0.6, final=0.5),
+        "warmup=0.6 and final=0.5 leave no steps",
     ),
     "adalora, a beta": (lambda: adalora(2, 3, beta2=1.0), "beta2 must be between 0 and 1"),
     "adalora, orthogonality": (lambda: adalora(2, 3, orthogonality=-1), "orthogonality must be at least 0; got -1"),
@@ -814,6 +819,7 @@ BAD = {
     "prompt start": (lambda: prompt(2, start="zero"), "'vocabulary' or 'random'"),
     "prompt bound": (lambda: prompt(2, start="random", bound=0), "bound must be above 0"),
     "prompt with too many ids": (lambda: prompt(2, ids=[1, 2, 3]), "at most 2 numbers"),
+    "prompt ids no numbers": (lambda: prompt(2, ids=[1.5]), "at most 2 numbers"),  # type: ignore[list-item] # the point
     "prompt beyond the table": (lambda: prompt(2, ids=[VOCAB]), "no token 37; the embedding has 37 rows"),
     "prompt text without ids": (lambda: prompt(2, text="Is it so?"), "with_text_ids"),
     "prompt twice": (lambda: chain(prompt(2), p_tuning(3)), "p_tuning overwrites .* prompt already rewrote"),
@@ -822,6 +828,11 @@ BAD = {
     "ia3 of an embedding": (lambda: ia3(["embedding"]), "no kind of site .*'query'"),
     "ia3 of a bias": (lambda: ia3([".*/query/bias"]), "query/bias is no linear layer"),
     "tokens without ids": (lambda: trainable_tokens([]), "different numbers of at least 0"),
+    "tokens no numbers": (lambda: trainable_tokens([1.5]), "different numbers of at least 0; got"),  # type: ignore[list-item] # the point
+    "tokens trained twice": (
+        lambda: chain(trainable_tokens([2, 5]), lora(2, targets=["embedding"]), trainable_tokens([5, 6])),
+        "token 5 of .* is trained already",
+    ),
     "tokens twice": (lambda: trainable_tokens([3, 3]), "different numbers of at least 0"),
     "tokens out of range": (lambda: trainable_tokens([5, VOCAB]), "no token 37; .* has 37 rows"),
     "tokens count": (lambda: trainable_tokens(count=0), "count must be a whole number"),

@@ -91,6 +91,8 @@ def test_what_cannot_be_added_is_refused(three):
         proxy(three[0], hub.from_config(tiny.config("bert"), "encoder"), three[2])
     with pytest.raises(ValueError, match="decode alone, or all beside an encoder"):
         proxy(three[0], three[1], hub.from_config(tiny.config("t5"), "generation"))
+    with pytest.raises(ValueError, match="alpha must be a finite number; got nan"):
+        proxy(*three, alpha=float("nan"))
     words, other = tiny.tokenizer(), tiny.tokenizer()
     other.add_tokens(["zebra"])
     with pytest.raises(ValueError, match=r"big and small do not share one vocabulary \(different: .*zebra"):

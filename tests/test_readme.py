@@ -12,7 +12,7 @@ import transformers
 from peftjax import METHODS, hub, merge, partition
 from peftjax.checkpoint import load_adapter, save_adapter
 from peftjax.methods import methods_table
-from peftjax.tree import flatten, map_with_path
+from peftjax.tree import cast, flatten, map_with_path
 
 README = Path(__file__).parents[1] / "README.md"
 TEXT = README.read_text()
@@ -50,6 +50,9 @@ def test_the_new_method_is_short_and_obeys_the_laws(tmp_path):
         out = model.forward(loud, ids).logits
         assert float(jnp.abs(out - base).max()) > 1e-3
         np.testing.assert_allclose(model.forward(merge(loud), ids).logits, out, atol=1e-4)
+        small = model._replace(params=cast(model.params, jnp.bfloat16), module=model.module.clone(dtype=jnp.bfloat16))
+        low = method.init(jax.random.key(0), small.params, small.sites)
+        assert small.forward(low, ids).hidden.dtype == jnp.bfloat16, "a float32 trainable has widened the activations"
         save_adapter(tmp_path / "a.safetensors", model, method, loud)
         np.testing.assert_array_equal(
             model.forward(load_adapter(tmp_path / "a.safetensors", model).params, ids).logits, out

@@ -312,6 +312,12 @@ def _check(arguments: dict) -> None:
             whole(name, 0)
         elif not 0 <= arguments[name] < 1:
             raise ValueError(f"adalora: {name} must be a number of steps, or a share in [0, 1); got {arguments[name]}")
+    shares = [arguments[name] for name in ("warmup", "final") if isinstance(arguments[name], float)]
+    if sum(shares) >= 1:  # whatever rounding makes of them in a short run
+        raise ValueError(
+            f"adalora: warmup={arguments['warmup']} and final={arguments['final']} leave no steps to prune in; "
+            "write shares that add up to less than 1, such as warmup=0.1, final=0.5"
+        )
     for name in ("beta1", "beta2"):
         if not 0 < arguments[name] < 1:
             raise ValueError(f"adalora: {name} must be between 0 and 1; got {arguments[name]}")

@@ -266,6 +266,8 @@ def select(params: Tree, sites: Iterable[Site], targets: Iterable[str], kinds: I
             f"targets must be a list of kinds or patterns, such as [{targets!r}]; got the string {targets!r}"
         )
     targets = list(targets)
+    if other := [t for t in targets if not isinstance(t, str)]:
+        raise ValueError(f"targets are kinds or patterns, such as ['query', 'value']; got {other[0]!r} among them")
     if not targets:
         raise ValueError("targets is empty; write kinds or patterns, such as ['query', 'value']")
     paths = flatten(params, is_leaf=is_node)

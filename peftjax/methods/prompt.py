@@ -74,7 +74,7 @@ def prompt(
         raise ValueError(f"prompt: start must be 'vocabulary' or 'random'; got {start!r}")
     if not bound > 0:
         raise ValueError(f"prompt: bound must be above 0; got {bound!r}")
-    if ids is not None and (len(ids) > length or any(i < 0 for i in ids)):
+    if ids is not None and (len(ids) > length or not all(map(is_token, ids))):
         raise ValueError(
             f"prompt: ids must be at most {length} numbers of at least 0, the length; got {len(ids)}: {ids[:10]}"
         )
@@ -105,6 +105,11 @@ def check_length(name: str, length: int) -> None:
     """Raises unless it is a whole number of at least 1."""
     if not isinstance(length, int) or isinstance(length, bool) or length < 1:
         raise ValueError(f"{name}: the length must be a whole number of at least 1; got {length!r}")
+
+
+def is_token(x: Any) -> bool:
+    """Whether it is a whole number of at least 0."""
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
 def where(name: str, params: Tree, sites) -> tuple[Site, Any]:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from jax.core import Tracer
 
 from .. import masks
 from ..tree import get
-from ..weights import Weight, attend, materialize, node, static, take
-from .base import Method, method, select, wrap
+from ..weights import Weight, attend, data_fields, is_node, materialize, node, static, take
+from .base import Method, method, plain, select, wrap
+from .prompt import is_token
 
 
 @node
@@ -50,6 +52,12 @@ class Tokens(Weight):
         return y if self.only == "take" else y.at[..., self.ids].set(attend(self.rows, x))
 
 
+def _covered(w: Any) -> set[int]:
+    """The tokens that the table's nodes replace already, as far as they are known."""
+    below = _covered(w.base) if is_node(w) and "base" in data_fields(w) else set()
+    return below | {*np.asarray(w.ids).tolist()} if isinstance(w, Tokens) and not isinstance(w.ids, Tracer) else below
+
+
 def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied_embedding: str = "both") -> Method:
     """Trains the embeddings of a few tokens, say new ones; other rows, and their moments, do not exist for it.
 
@@ -62,7 +70,8 @@ def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied
         alone (such an adapter cannot be merged).
 
     Raises:
-      ValueError: no ids, one twice, or one below 0; or, from `init`, one beyond the table, or unobserved batches.
+      ValueError: no ids, one twice, or one below 0; or, from `init`, one beyond the table or trained already, or
+        unobserved batches.
 
     >>> from peftjax import Site
     >>> params = {"wte": {"embedding": jnp.arange(8.0).reshape(4, 2)}}
@@ -71,21 +80,28 @@ def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied
     >>> new["wte"]["embedding"].rows.tolist()
     [[2.0, 3.0], [6.0, 7.0]]
     """
-    given = None if ids is None else sorted(int(i) for i in ids)
-    arguments = {"ids": given, "count": count, "tied_embedding": tied_embedding}
-    if given is not None and (not given or len({*given}) < len(given) or given[0] < 0):
+    given = None if ids is None else plain([*ids])
+    if given is not None and (not given or len({*given}) < len(given) or not all(map(is_token, given))):
         raise ValueError(f"trainable_tokens: ids must be different numbers of at least 0; got {given[:10]}")
+    given = None if given is None else sorted(given)
+    arguments = {"ids": given, "count": count, "tied_embedding": tied_embedding}
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"trainable_tokens: count must be a whole number of at least 1; got {count!r}")
     if tied_embedding not in ("both", "take"):
         raise ValueError(f"trainable_tokens: tied_embedding must be 'both' or 'take'; got {tied_embedding!r}")
 
-    def put(chosen, key, params, sites):
+    def put(chosen, key, params, sites, known=True):
         def new(key, w, site):
             if chosen[-1] >= w.shape[0]:
                 raise ValueError(f"trainable_tokens: there is no token {chosen[-1]}; {site.path} has {w.shape[0]} rows")
+            if known and (twice := _covered(w) & {*chosen}):
+                raise ValueError(
+                    f"trainable_tokens: token {min(twice)} of {site.path} is trained already, and its second row would "
+                    "hide the first; give different ids, or write one trainable_tokens"
+                )
             only = "take" if site.tied and tied_embedding == "take" else None
-            at = jnp.asarray(chosen, jnp.int32)
+            with jax.ensure_compile_time_eval() if known else nullcontext():  # numbers also where shapes are traced
+                at = jnp.asarray(chosen, jnp.int32)
             return Tokens(w, at, take(w, at), only)
 
         return wrap(key, params, select(params, sites, ["embedding"]), new)
@@ -95,7 +111,7 @@ def trainable_tokens(ids: Sequence[int] | None = None, *, count: int = 100, tied
             return put(given, key, params, sites)
         table = get(params, select(params, sites, ["embedding"])[0].path)
         if any(isinstance(x, Tracer) for x in jax.tree.leaves(table)):  # for shapes only, any ids will do
-            return put(range(min(count, table.shape[0])), key, params, sites)
+            return put(range(min(count, table.shape[0])), key, params, sites, known=False)
         how = "method.observed(objective, params, sites, batches)"
         raise ValueError(f"trainable_tokens needs ids, or data before init: {how}")
 
