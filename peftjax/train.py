@@ -305,7 +305,7 @@ def fit(
                     raise _non_finite(method, done, f"the evaluation gives {scores}", log)
                 log.add(record)
                 report(record)
-                if best is None or better(scores, best["eval"]):
+                if done >= method.settles(total) and (best is None or better(scores, best["eval"])):
                     best, best_trainable = record, jax.tree.map(jnp.copy, state.trainable)
             if not saving:
                 continue

@@ -280,6 +280,22 @@ def fitted(base):
     return method, result.params
 
 
+def test_the_best_state_is_one_within_the_budget(base):
+    """The first evaluation is the best and comes before the last allocation: it is recorded, and not kept."""
+    method = adalora(1, 4, warmup=1, final=2)
+    objective, batch = squares(base)
+    params = method.init(jax.random.key(0), base.params, base.sites)
+    settings = Settings(steps=6, learning_rate=1e-2, warmup=0.0, eval_every=1)
+    losses = iter([0.1, 0.2, 0.3, 0.5, 0.4, 0.6])
+    result = fit(
+        params, method, objective, lambda i: iter([batch]), 1, settings, evaluate=lambda p: {"loss": next(losses)}
+    )
+    assert result.best == {"step": 5, "eval": {"loss": 0.4}}
+    assert total(result.params) == len(triplets(params))
+    assert chain(lora(2), method).settles(6) == method.settles(6) == 4
+    assert lora(2).settles(6) == 0
+
+
 @pytest.mark.parametrize("layout", ["loop", "scan"])
 def test_the_file_holds_the_ranks_that_live(base, fitted, layout, tmp_path):
     method, params = fitted

@@ -260,6 +260,10 @@ def adalora(
         schedule = _budget(arguments, steps if total is None else total)
         return lambda tx: prune(tx, schedule, target_rank, beta1, beta2)
 
+    def settles(steps):
+        schedule = _budget(arguments, steps if total is None else total)
+        return schedule.total - schedule.final
+
     def unplanned(tx):
         raise ValueError(
             "adalora: how many steps are there? write adalora(total=...), or method.planned(total).optimizer"
@@ -276,6 +280,7 @@ def adalora(
         init=init,
         optimizer=unplanned if total is None else plan(total),
         plan=plan,
+        settles=settles,
         penalty=penalty,
     )
 

@@ -94,6 +94,8 @@ class Method(NamedTuple):
         None where nothing does. Call it through `observed`.
       plan: steps of the run -> optimizer: what needs to know how long training takes; None where nothing does. Call
         it through `planned`.
+      settles: steps of the run -> the step from which a state may be kept as the best: AdaLoRA's last allocation,
+        before which its ranks are above the budget.
     """
 
     spec: tuple[tuple[str, dict], ...]
@@ -105,6 +107,7 @@ class Method(NamedTuple):
     penalty: Callable[[Tree], Any] = lambda params: 0.0
     observe: Callable[[Callable, Tree, Iterable[Site], Iterable[dict]], Callable] | None = None
     plan: Callable[[int], Callable] | None = None
+    settles: Callable[[int], int] = lambda steps: 0
 
     def planned(self, total: int) -> "Method":
         """The method with an `optimizer` that knows the number of training steps; itself, if it needs none.
@@ -220,6 +223,7 @@ def chain(*methods: Method) -> Method:
         penalty=lambda params: sum(m.penalty(params) for m in methods),
         observe=observe if any(m.observe for m in methods) else None,
         plan=plan if any(m.plan for m in methods) else None,
+        settles=lambda steps: max(m.settles(steps) for m in methods),
     )
 
 
