@@ -64,7 +64,7 @@ def entries(
         names, note = [n for n, _ in m.spec], ""
         if "bitfit" in names and not has_biases:
             m = chain(*(build(n, a | {"create": True} if n == "bitfit" else a) for n, a in m.spec))
-            note = "the model has no biases; zero ones were added and trained"
+            note = "the model has no biases; zero ones were added and trained (merging needs a place for them)"
         if tokenizer is not None and "prompt" in names:
             m = with_text_ids(m, tokenizer())
         if is_classifier and not {"head", "full", "child_tuning"} & set(names):
