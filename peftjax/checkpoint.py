@@ -2,8 +2,8 @@
 
 An adapter file is one safetensors file: the leaves that the method saves, named by their paths, and a JSON
 header under the metadata key `peftjax`. The header holds the method's spec, the base's fingerprint, for every
-rewritten path the class, static fields and nesting of its node, a digest of the tensors and one of all this
-(`seal`). Fields that a class can `regrow` from its static ones, such as VeRA's random matrices, are in no file.
+rewritten path the class, static fields and nesting of its node, how many virtual tokens there are, a digest of the
+tensors and one of all this (`seal`). Fields that a class can `regrow` from its static ones, such as VeRA's random matrices, are in no file.
 Loading needs neither data nor `init`.
 """
 
@@ -25,6 +25,7 @@ from safetensors.numpy import save
 from .hub import Model, fingerprint
 from .layout import unstack_layers
 from .methods import Method, from_spec
+from .methods.base import virtual_tokens
 from .quantize import quantized_as
 from .tree import Tree, flatten, nearest, update
 from .weights import NODES, Blocks, compact, data_fields, is_node, static_fields
@@ -77,6 +78,7 @@ def save_adapter(file: str | Path, model: Model, method: Method, params: Tree, e
         "digest": _digest(tensors),
         "nodes": {p: _describe(p, n, saved, base.get(p), regrow) for p, n in sorted(nodes.items())},
         "arrays": arrays,
+        "virtual_tokens": virtual_tokens(params),
         "extra": extra or {},
     }
     text = json.dumps({**header, "seal": _seal(header)}, sort_keys=True)

@@ -258,11 +258,8 @@ def _problem_of(adapter, model_name, task, source, seed, say, options) -> Proble
     header = None if adapter is None else read_header(adapter)
     if header is not None:  # texts as long as when it was trained
         options["max_new_tokens"] = header["extra"].get("config", {}).get("max_new_tokens")
-
-    def taken(model: Model) -> int:
-        return 0 if adapter is None else virtual_tokens(load_adapter(adapter, model).params)
-
-    problem = prepare(model_name, task, source, need_train=False, reserve=taken, seed=seed, **options)
+    taken = 0 if header is None else header["virtual_tokens"]
+    problem = prepare(model_name, task, source, need_train=False, reserve=lambda _: taken, seed=seed, **options)
     labels = None if problem.task.labels is None else [str(x) for x in problem.task.labels]
     if header is not None and "labels" in header["extra"] and header["extra"]["labels"] != labels:
         raise ValueError(f"{adapter} was trained for the labels {header['extra']['labels']}; {task} has {labels}")

@@ -354,8 +354,7 @@ def test_prompt_starts():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize("layout", ["loop", "scan"])
-@pytest.mark.parametrize("name", ["prompt", "prompt+prefix", "p_tuning"])
+@pytest.mark.parametrize(("name", "layout"), [("prompt", "loop"), ("prompt+prefix", "scan"), ("p_tuning", "loop")])
 def test_generation_sees_the_prompt(family, layout, name):
     """Left-padded rows with a cache, each equal to plain argmax over its own text without padding or cache."""
     model = hub.from_config(tiny.config(family), "generation")

@@ -530,7 +530,7 @@ T5 = {  # where three times as many attention modules as layers, or other names,
     ),
 }
 # What is quick runs for every row on Llama and for these on every family; what trains, for a row a method and for the
-# first eight. The whole product: `pytest -m "slow or not slow"`.
+# first eight; bfloat16, which CPUs compile slowly, for a row a method. All of it: `experiments/laws.py`.
 CORE = ("full", "bitfit", "lora", "dora", "fishmask+head", "adapter", "prefix", "prompt", "head", "ia3")
 VARIANTS = [  # of a method that has another row
     *("bitfit-subset", "fishmask-random", "lora-patterns", "rslora-dropout", "lora+lora_fa", "pissa-everywhere"),
@@ -548,7 +548,7 @@ def _cells(core, left_out=()):
     return pytest.mark.parametrize(("family", "name"), cells)
 
 
-CELLS, TRAINING = _cells(CORE), _cells(CORE[:8], VARIANTS)
+CELLS, TRAINING, BF16 = _cells(CORE), _cells(CORE[:8], VARIANTS), _cells(("lora",), VARIANTS)
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 ALL_CASES = pytest.mark.parametrize("name", CASES)
 
@@ -684,7 +684,7 @@ def test_a_spec_builds_the_method_again(models, name):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
 
-@TRAINING
+@BF16
 def test_law_7_bf16_base(models, family, name):
     case, model = CASES[name], models[family]
     small = model._replace(params=cast(model.params, jnp.bfloat16), module=model.module.clone(dtype=jnp.bfloat16))

@@ -306,7 +306,7 @@ def test_sites_name_the_tree(task, gated):
     model = hub.from_config(config, task)
     leaves = flatten(model.params)
     for site in model.sites:
-        if site.kind in ("attention", "block"):
+        if site.kind in ("attention", "block", "input"):
             assert any(p.startswith(site.path + "/") for p in leaves), site
         else:
             assert leaves[site.path].shape[-1] == site.width, site
