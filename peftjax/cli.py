@@ -45,7 +45,7 @@ class Base:
     train_limit: int | None = None
     eval_limit: int | None = None
     max_length: int | None = None
-    buckets: int = 3
+    buckets: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "nf4", "nf4-double"] | None = None
