@@ -3,8 +3,8 @@
 An adapter file is one safetensors file: the leaves that the method saves, named by their paths, and a JSON
 header under the metadata key `peftjax`. The header holds the method's spec, the base's fingerprint, for every
 rewritten path the class, static fields and nesting of its node, how many virtual tokens there are, a digest of the
-tensors and one of all this (`seal`). Fields that a class can `regrow` from its static ones, such as VeRA's random matrices, are in no file.
-Loading needs neither data nor `init`.
+tensors and one of all this (`seal`). Fields that a class can `regrow` from its static ones, such as VeRA's random
+matrices, are in no file. Loading needs neither data nor `init`.
 """
 
 import dataclasses
