@@ -30,7 +30,7 @@ from .quantize import quantized_as
 from .tree import Tree, flatten, nearest, update
 from .weights import NODES, Blocks, compact, data_fields, is_node, static_fields
 
-FORMAT = 1
+FORMAT = 2
 SAVED, BASE, REGROWN = "saved", "base", "regrown"
 
 
