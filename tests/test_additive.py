@@ -128,8 +128,13 @@ def bottleneck_links(made) -> dict[str, Link]:
     return links
 
 
-@pytest.mark.parametrize("base", ["bert", "llama", "gpt2", "t5"])
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize(
+    ("base", "name"),
+    [
+        *((base, name) for base in ("bert", "llama", "gpt2", "t5") for name in ("houlsby", "pfeiffer", "parallel")),
+        *(("bert", name) for name in ("parallel, both, scaled", "dropped")),
+    ],
+)
 def test_adapters_stand_where_the_papers_put_them(pair, base, name):
     method, hooks, f, scale, parallel = ADAPTERS[name]
     params = start(pair(base), method)

@@ -530,7 +530,7 @@ T5 = {  # where three times as many attention modules as layers, or other names,
     ),
 }
 # What is quick runs for every row on Llama and for these on every family; what trains, for a row a method and for the
-# first eight; bfloat16, which CPUs compile slowly, for a row a method. All of it: `experiments/laws.py`.
+# first eight; bfloat16 and the layouts, which compile slowly, for fewer. All of it: `experiments/laws.py`.
 CORE = ("full", "bitfit", "lora", "dora", "fishmask+head", "adapter", "prefix", "prompt", "head", "ia3")
 VARIANTS = [  # of a method that has another row
     *("bitfit-subset", "fishmask-random", "lora-patterns", "rslora-dropout", "lora+lora_fa", "pissa-everywhere"),
@@ -548,7 +548,8 @@ def _cells(core, left_out=()):
     return pytest.mark.parametrize(("family", "name"), cells)
 
 
-CELLS, TRAINING, BF16 = _cells(CORE), _cells(CORE[:8], VARIANTS), _cells(("lora",), VARIANTS)
+CELLS, TRAINING = _cells(CORE), _cells(CORE[:8], VARIANTS)
+BF16, LAYOUTS = _cells(("lora",), VARIANTS), _cells(("lora", "prefix", "prompt", "fishmask+head"), VARIANTS)
 EVERY = pytest.mark.parametrize("family", FAMILIES)
 ALL_CASES = pytest.mark.parametrize("name", CASES)
 
@@ -698,7 +699,7 @@ def test_law_7_bf16_base(models, family, name):
     assert {x.dtype for p, x in flatten(fitted.params).items() if mask[p]} == {jnp.dtype(jnp.float32)}
 
 
-@TRAINING
+@LAYOUTS
 def test_the_scanned_layout_has_the_same_loss_and_gradients(models, family, name):
     case, model = CASES[name], models[family]
     params = _adapt(model, case.method)
