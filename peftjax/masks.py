@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .tree import Tree, flatten, map_with_path, matches, nearest
-from .weights import data_fields, is_node, is_quantized
+from .weights import Blocks, Trained, data_fields, is_node, is_quantized
 
 Mask = Callable[[Tree], Tree]
 
@@ -85,6 +85,19 @@ def everything(params: Tree) -> Tree:
         return _fill(x, False) if is_quantized(x) else bool(jnp.issubdtype(x.dtype, jnp.floating))
 
     return jax.tree.map(visit, params, is_leaf=is_quantized)
+
+
+def base(params: Tree) -> Tree:
+    """Every floating leaf of the base, also below nodes, but for quantised weights; nothing of what methods added."""
+
+    def visit(x):
+        if not is_node(x):
+            return bool(jnp.issubdtype(x.dtype, jnp.floating))
+        own = {Trained: "value", Blocks: "blocks"}.get(type(x), "base") if not is_quantized(x) else None
+        fields = {f: getattr(x, f) for f in data_fields(x)}
+        return dataclasses.replace(x, **{f: base(y) if f == own else _fill(y, False) for f, y in fields.items()})
+
+    return jax.tree.map(visit, params, is_leaf=is_node)
 
 
 def any_of(*masks: Mask) -> Mask:

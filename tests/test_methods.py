@@ -902,3 +902,11 @@ def test_law_10_chain_equals_both(models, family, pair):
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(together), jax.tree.leaves(both), strict=True))
     masks = [flatten(m.trainable(together)) for m in (*pair, chain(*pair))]
     assert all(masks[2][p] == (masks[0][p] or masks[1][p]) for p in masks[2])
+
+
+def test_the_default_rate_of_a_chain_suits_all_its_parts():
+    alone = {m.spec[0][0]: default_rate(m, 128) for m in (lora(), prompt(), head())}
+    assert alone["lora"] < alone["prompt"]
+    assert default_rate(chain(prompt(), lora(), head()), 128) == alone["lora"], "a prompt's would make LoRA diverge"
+    assert default_rate(chain(prompt(), head()), 128) == alone["prompt"], "the head's does not count"
+    assert default_rate(chain(prompt(), lora()), 128, {"prompt": 1e-3, "lora": 1e-2}) == 1e-3

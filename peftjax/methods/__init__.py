@@ -140,14 +140,16 @@ def methods_table() -> str:
 
 
 def default_rate(method: Method, width: int, own: Mapping[str, float] = MappingProxyType({})) -> float:
-    """The default learning rate of a method: the largest that a part of it, the task head left out, asks for.
+    """The default learning rate of a method: the smallest that a part of it, the task head left out, asks for.
+
+    One rate holds for all parts: a prompt trains at LoRA's, if slowly, but LoRA does not at a prompt's.
 
     Args:
       own: name of a method -> the rate of a base for which it is known; the table's otherwise.
     """
     names = [name for name, _ in method.spec if name in TABLE]
     names = [name for name in names if name != "head"] or names
-    return max((own.get(name, TABLE[name].rate * 768 / width) for name in names), default=1e-3)
+    return min((own.get(name, TABLE[name].rate * 768 / width) for name in names), default=1e-3)
 
 
 def build(name: str, arguments: dict) -> Method:

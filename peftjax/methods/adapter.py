@@ -68,7 +68,8 @@ def pfeiffer(
     """One adapter a block, after the MLP: Pfeiffer et al. 2021 (arXiv:2005.00247), section 4 and appendix.
 
     In a post-norm model it stands after sum and norm, as He et al. 2022 (arXiv:2110.04366, section 2.1) describe it;
-    in a pre-norm model, where no norm follows the sum, at the MLP's output. Arguments as for `adapter`.
+    in a pre-norm model, where no norm follows the sum, at the MLP's output. AdapterHub's variant of a post-norm model
+    has one norm more, after the adapter. Arguments as for `adapter`.
 
     The count is `2 d m + d + m` a layer.
     """

@@ -1,6 +1,5 @@
 """Child-Tuning: a step updates a random part of the network, or the part that the Fisher information picks."""
 
-import dataclasses
 import math
 
 import jax
@@ -10,8 +9,8 @@ import optax
 from jax.core import Tracer
 
 from .. import masks
-from ..tree import Tree, flatten, map_with_path
-from ..weights import Blocks, Trained, Weight, data_fields, is_node, is_quantized
+from ..tree import flatten, map_with_path
+from ..weights import Trained, Weight, is_node
 from .base import Method, Site, mark, method, refuse_codes
 from .fishmask import Candidate, Sparse, fisher, largest, put_sparse, spread
 
@@ -57,7 +56,7 @@ def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Met
             "child_tuning",
             arguments,
             init=start,
-            trainable=of_the_base,
+            trainable=masks.base,
             optimizer=lambda tx: drawn_gradients(tx, p),
         )
 
@@ -114,27 +113,13 @@ def _rest(params, sites: tuple[Site, ...]):
     return mark("child_tuning", params, [x for x, w in leaves.items() if not x.startswith(blocks) and not is_node(w)])
 
 
-def of_the_base(params: Tree) -> Tree:
-    """The mask of the base's own floating arrays, also of those that nodes stand on; nothing of what methods added."""
-
-    def visit(x):
-        if not is_node(x):
-            return bool(jnp.issubdtype(x.dtype, jnp.floating))
-        own = {Trained: "value", Blocks: "blocks"}.get(type(x), "base") if not is_quantized(x) else ""
-        fields = {f: getattr(x, f) for f in data_fields(x)}
-        marked = {f: of_the_base(y) if f == own else jax.tree.map(lambda _: False, y) for f, y in fields.items()}
-        return dataclasses.replace(x, **marked)
-
-    return jax.tree.map(visit, params, is_leaf=is_node)
-
-
 def drawn_gradients(tx: optax.GradientTransformation, p: float) -> optax.GradientTransformationExtraArgs:
     """The transformation on gradients of which, in the base, a fresh share p is kept, over p (section 2.2)."""
     tx = optax.with_extra_args_support(tx)
 
     def update(updates, state, params=None, **extra):
         leaves, structure = jax.tree.flatten(updates)
-        keys, own = jax.random.split(extra["key"], len(leaves)), jax.tree.leaves(of_the_base(updates))
+        keys, own = jax.random.split(extra["key"], len(leaves)), jax.tree.leaves(masks.base(updates))
         kept = [
             jnp.where(jax.random.bernoulli(k, p, g.shape), g / p, 0) if of_base else g
             for k, g, of_base in zip(keys, leaves, own, strict=True)

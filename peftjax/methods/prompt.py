@@ -20,6 +20,7 @@ class Prompt:
 
     vectors: Any
     trains = ("vectors",)
+    undecayed = ("vectors",)  # at the rates of prompts, AdamW's usual decay would halve them in some hundred steps
 
     @property
     def n(self) -> int:
