@@ -348,13 +348,14 @@ def mark(name: str, params: Tree, places: Iterable[str | Site]) -> Tree:
     return wrap(jax.random.key(0), params, sites, trained)
 
 
-def refuse_codes(name: str, params: Tree) -> None:
-    """Raises where the base is quantised, for a method that would train all of it; `name` is the method."""
+def refuse_codes(name: str, params: Tree) -> Tree:
+    """The parameters; raises where the base is quantised, for a method (`name`) that would train all of it."""
     if codes := quantized_paths(params):
         raise ValueError(
             f"{name}: the base is quantised ({codes[0]} and {len(codes) - 1} more), and codes cannot train; load it "
             "without quantize, or choose a method that keeps the base frozen, such as lora"
         )
+    return params
 
 
 def path_key(key: jax.Array, path: str) -> jax.Array:

@@ -25,8 +25,7 @@ def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Met
 
     Deviations. 'D' keeps moments of the chosen entries alone (`fishmask`'s node), which gives the same steps as Adam on
     masked gradients, but weight decay leaves the other entries alone; the code decays all. Its Fisher information is
-    the paper's equation, by example and without dropout; the code squares gradients of batches. In 'F', clipping sees
-    the masked gradient.
+    the paper's equation, by example; the code squares gradients of batches. In 'F', clipping sees the masked gradient.
 
     Args:
       mode: 'F' or 'D'.
@@ -47,15 +46,10 @@ def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Met
     if not isinstance(samples, int) or isinstance(samples, bool) or samples < 1:
         raise ValueError(f"child_tuning: samples must be a whole number of at least 1; got {samples!r}")
     if mode == "F":
-
-        def start(key, params, sites):
-            refuse_codes("child_tuning", params)
-            return params
-
         return method(
             "child_tuning",
             arguments,
-            init=start,
+            init=lambda key, params, sites: refuse_codes("child_tuning", params),
             trainable=masks.base,
             optimizer=lambda tx: drawn_gradients(tx, p),
         )
@@ -64,10 +58,8 @@ def child_tuning(mode: str = "F", p: float = 0.3, *, samples: int = 1024) -> Met
         sites = tuple(sites)
         there, k = _in_blocks(params, sites, p)
         if not any(isinstance(c.array, Tracer) for c in there.values()):
-            raise ValueError(
-                "child_tuning needs data before init: method.observed(objective, params, sites, batches); "
-                "or write mode='F'"
-            )
+            how = "method.observed(objective, params, sites, batches)"
+            raise ValueError(f"child_tuning needs data before init: {how}; or write mode='F'")
         return _rest(spread(params, there, k), sites)
 
     def observe(objective, params, sites, batches):
@@ -97,9 +89,8 @@ def _in_blocks(params, sites: tuple[Site, ...], p: float):
     blocks = tuple(f"{s.path}/" for s in sites if s.kind == "block")
     leaves = {x: w for x, w in flatten(params, is_leaf=is_node).items() if blocks and x.startswith(blocks)}
     if taken := [x for x, w in leaves.items() if isinstance(w, Weight)]:
-        raise ValueError(
-            f"child_tuning: {taken[0]} is already a {type(leaves[taken[0]]).__name__}; put child_tuning first"
-        )
+        name = type(leaves[taken[0]]).__name__
+        raise ValueError(f"child_tuning: {taken[0]} is already a {name}; put child_tuning first")
     there = {x: Candidate(Site(x, "weight"), w) for x, w in leaves.items() if not is_node(w)}
     if not there:
         raise ValueError("child_tuning: the sites name no block with parameters in it; write mode='F'")

@@ -16,7 +16,6 @@ def full() -> Method:
     """
 
     def init(key, params, sites):
-        refuse_codes("full", params)
-        return params
+        return refuse_codes("full", params)
 
     return method("full", {}, init, trainable=masks.everything)

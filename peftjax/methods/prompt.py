@@ -20,7 +20,6 @@ class Prompt:
 
     vectors: Any
     trains = ("vectors",)
-    undecayed = ("vectors",)  # at the rates of prompts, AdamW's usual decay would halve them in some hundred steps
 
     @property
     def n(self) -> int:
@@ -60,8 +59,6 @@ def prompt(
     Raises:
       ValueError: a length below 1, more ids than that, an unknown start; or, from `init`, an id beyond the table, a
         text without its ids, or a model without a place for a prompt.
-
-    The count is `n d`.
 
     >>> params = {"model": {"wte": {"embedding": jnp.ones((7, 2))}}}
     >>> sites = [Site("model", "input", width=2), Site("model/wte/embedding", "embedding")]
