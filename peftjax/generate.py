@@ -1,14 +1,75 @@
-"""Greedy generation with a static key/value cache: prefill, then one `while_loop`, all under one jit."""
+"""Generation with a static key/value cache: prefill, then one `while_loop`, all under one jit."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from . import data
 from .hub import TASKS, Model
 from .proxy import Proxy
 from .tree import Tree
+
+
+class Decoding(NamedTuple):
+    """How tokens are chosen.
+
+    Attributes:
+      max_new_tokens: tokens to add at most.
+      temperature: 0: the most likely token; above: drawn from the softmax of the logits over it.
+      top_k: draw from so many of the most likely tokens; None: from all.
+      top_p: draw from the fewest most likely tokens whose probabilities sum to this.
+      beams: texts that are followed at once; the best is returned.
+      length_penalty: a finished text of n tokens has the score `Σ log p / n^length_penalty`.
+      no_repeat_ngram: no sequence of so many tokens comes twice; 0: no such rule.
+      stop: ids of the tokens that end a text.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+    stop: tuple[int, ...] = ()
+
+
+def decoder(model: Model | Proxy, how: Decoding, pad_id: int = 0) -> Callable[..., jax.Array]:
+    """(params, input_ids, attention_mask, key=None) -> (batch, max_new_tokens) int32, jitted."""
+    eos = how.stop[0] if how.stop else None
+    run = greedy(model, how.max_new_tokens, eos, pad_id)
+    return lambda params, input_ids, attention_mask, key=None: run(params, input_ids, attention_mask)
+
+
+def complete(
+    model: Model | Proxy,
+    params: Tree,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    how: Decoding,
+    *,
+    key: jax.Array | None = None,
+    until: Sequence[str] = (),
+    batch_size: int = 32,
+) -> list[str]:
+    """What the model writes after each prompt, cut before the first of the texts in `until`."""
+    encodes = model.family.start_id is not None
+    begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ids = tokenizer(list(prompts), add_special_tokens=encodes, verbose=False)["input_ids"]
+    examples = [data.Example(x if encodes else [*begin, *x]) for x in ids]
+    pad = tokenizer.pad_token_id or 0
+    run, texts = decoder(model, how, pad), {}
+    buckets = data.bucket_lengths([len(e.input_ids) for e in examples])
+    for batch in data.batches(examples, batch_size, buckets, pad_id=pad, side="left"):
+        tokens = np.asarray(run(params, batch["input_ids"], batch["attention_mask"], key))
+        for i, row in zip(batch["index"].tolist(), tokens.tolist(), strict=True):
+            end = next((j for j, t in enumerate(row) if t in how.stop), len(row))
+            text = tokenizer.decode(row[:end], skip_special_tokens=True)
+            texts[i] = text[: min((text.index(u) for u in until if u in text), default=len(text))]
+    return [texts[i] for i in range(len(prompts))]
 
 
 def greedy(model: Model | Proxy, max_new_tokens: int, eos_id: int | None, pad_id: int = 0) -> Callable[..., jax.Array]:

@@ -48,11 +48,10 @@ class Template(NamedTuple):
           ValueError: the source is no Jinja, or names a column that the row lacks.
         """
         row = {k: self.words.get(k, {}).get(v, v) if isinstance(v, str | int) else v for k, v in row.items()}
-        texts = [_fill(self, part, row) for part in (self.input, self.target)]
         choices = None
         if self.choices is not None:
             choices = tuple(text.strip() for text in _fill(self, self.choices, row).split(BETWEEN))
-        return Rendered(*texts, choices)
+        return Rendered(_fill(self, self.input, row), _fill(self, self.target, row), choices)
 
 
 @functools.lru_cache(maxsize=512)
