@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from . import data, hub
-from .generate import greedy
+from .generate import Decoding, check, decoder
 from .hub import Model
 from .metrics import score
 from .models.layers import shift_right
@@ -33,6 +33,7 @@ class Problem(NamedTuple):
       buckets: lengths that training batches are padded to, dev batches too.
       max_new_tokens: of a generated text: the longest completion of the training set.
       notes: what the reader of a table should know (texts cut, examples left out).
+      decoding: of generated texts, but for `max_new_tokens` and the tokens that end them; None: the most likely token.
     """
 
     model: Model
@@ -45,6 +46,7 @@ class Problem(NamedTuple):
     max_new_tokens: int
     notes: tuple[str, ...]
     scored: list[data.Example] | None = None
+    decoding: Decoding | None = None
 
     @property
     def pad_id(self) -> int:
@@ -80,6 +82,7 @@ def prepare(
     max_buckets: int = 3,
     need_train: bool = True,
     max_new_tokens: int | None = None,
+    decoding: Decoding | None = None,
     **load: Any,
 ) -> Problem:
     """Loads a model, its tokenizer and a task's data, and turns the texts into tokens.
@@ -95,12 +98,15 @@ def prepare(
       max_buckets: number of lengths that batches are padded to.
       need_train: False leaves the training examples out (the labels may still come from them).
       max_new_tokens: of a generated text; default: the longest completion of the examples read.
+      decoding: how texts are generated to be scored; its `max_new_tokens` and `stop` do not count. Default: the most
+        likely token, again and again.
       load: passed to `peftjax.hub.load`.
 
     Raises:
       ValueError, FileNotFoundError: from the loaders; or a text that is too long where the task does not cut.
     """
     task = get_task(task) if isinstance(task, str) else task
+    decoding = None if decoding is None else _of_choice(check(decoding), task)
     eval_split = eval_split or task.reported
     limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
     for name, value in limits.items():
@@ -159,7 +165,7 @@ def prepare(
             notes.append(f"the first {limit_} {what} only")
     lengths = [len(e.input_ids) for e in [*train, *dev, *(scored or [])]]
     buckets = data.bucket_lengths(lengths, max_buckets, limit=limit)
-    return Problem(model, tokenizer, task, train, dev, prompts, buckets, new_tokens, tuple(notes), scored)
+    return Problem(model, tokenizer, task, train, dev, prompts, buckets, new_tokens, tuple(notes), scored, decoding)
 
 
 def _check_ids(examples: list[data.Example], model: Model, name: str) -> None:
@@ -177,6 +183,17 @@ def _check_ids(examples: list[data.Example], model: Model, name: str) -> None:
                 f"the tokenizer of {name} gives {what} up to {most}, but the model has {rows} of them; "
                 "the tokenizer is not this model's"
             )
+
+
+def _of_choice(decoding: Decoding, task: Task) -> Decoding | None:
+    """What of a decoding belongs to the problem; None for the plain one."""
+    plain = Decoding()
+    decoding = decoding._replace(max_new_tokens=plain.max_new_tokens, stop=plain.stop)
+    if decoding.temperature:
+        raise ValueError("scores are of texts that are not drawn; leave out the temperature")
+    if decoding != plain and task.kind != "generation":
+        raise ValueError(f"beams and n-grams are for generated texts, and {task.name} is a {task.kind} task")
+    return None if decoding == plain else decoding
 
 
 def _open_labels(task: Task) -> bool:
@@ -234,14 +251,16 @@ class Evaluator:
 
         self._dev = jax.jit(dev)
         if task.kind == "generation":
-            self._generate = greedy(model, problem.max_new_tokens, tokenizer.eos_token_id, problem.pad_id)
+            ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+            how = (problem.decoding or Decoding())._replace(max_new_tokens=problem.max_new_tokens, stop=ends)
+            self._generate, self._rows = decoder(model, how, problem.pad_id), max(1, EVAL_BATCH // how.beams)
 
     def on_dev(self, params: Tree) -> dict[str, float]:
         """Loss on the dev examples, and the metrics unless texts would have to be generated: to choose a step by."""
         return self._of(params, self.problem.dev)
 
     def scores(self, params: Tree, texts: list[str] | None = None) -> dict[str, float]:
-        """Loss and metrics on the reported split; of a generation task, on greedy outputs (`texts`, if given)."""
+        """Loss and metrics on the reported split; of a generation task, on generated texts (`texts`, if given)."""
         examples = self.problem.dev if self.problem.scored is None else self.problem.scored
         found = self._of(params, examples)
         if self.problem.task.kind == "generation":
@@ -269,12 +288,12 @@ class Evaluator:
         return loss | score(p.task.metrics, predictions.tolist(), [e.label for e in examples])
 
     def generate(self, params: Tree) -> list[str]:
-        """Greedy continuations of the problem's prompts, in their order."""
+        """Continuations of the problem's prompts, in their order."""
         p = self.problem
-        few = max(1, min(3, len(p.prompts) // EVAL_BATCH))  # each length costs a compilation
+        few = max(1, min(3, len(p.prompts) // self._rows))  # each length costs a compilation
         buckets = data.bucket_lengths([len(e.input_ids) for e in p.prompts], few)
         texts: dict[int, str] = {}
-        for batch in data.batches(p.prompts, EVAL_BATCH, buckets, pad_id=p.pad_id, side="left"):
+        for batch in data.batches(p.prompts, self._rows, buckets, pad_id=p.pad_id, side="left"):
             tokens = np.asarray(self._generate(params, batch["input_ids"], batch["attention_mask"]))
             decoded = p.tokenizer.batch_decode(_until_end(tokens, p.tokenizer.eos_token_id), skip_special_tokens=True)
             texts.update((i, t.strip()) for i, t in zip(batch["index"].tolist(), decoded, strict=True) if i >= 0)

@@ -28,6 +28,7 @@ from .weights import is_node, is_quantized, map_nodes
 SAMPLES = 5
 # What is compared where nobody says: the survey's three kinds, each with its best-known members.
 SELECTION = ("head", "bitfit", "fishmask", "lora", "dora", "adalora", "ia3", "adapter", "prompt", "prefix", "full")
+CHOICES = ("beams", "length_penalty", "no_repeat_ngram")  # of a decoding, what scores depend on
 ZERO_SHOT = "zero-shot"  # the row of the base as it is
 
 
@@ -120,6 +121,8 @@ def configuration(problem: Problem, method: Method | None, settings: Settings | 
     }
     if how := quantized_as(problem.model.params):
         config["quantize"] = how
+    if problem.decoding is not None:
+        config["decoding"] = {k: v for k, v in problem.decoding._asdict().items() if k in CHOICES}
     return json.loads(json.dumps(config))  # as `config.json` gives it back
 
 

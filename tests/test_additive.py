@@ -12,7 +12,7 @@ import tiny
 from reference import WIDTH, Link, check, fill, pair, peft, randomise, start, torch, transposed
 
 from peftjax import chain, hub, merge, stack_layers
-from peftjax.generate import greedy
+from peftjax.generate import Decoding, decoder
 from peftjax.methods import (
     adapter,
     build,
@@ -375,7 +375,7 @@ def test_generation_sees_the_prompt(family, layout, name):
     ids = np.array([t if len(t) == 4 else [0, 0, *t] for t in texts])
     mask = np.array([[1, 1, 1, 1], [0, 0, 1, 1]])
     run = stack_layers(params) if layout == "scan" else params
-    got = np.asarray(greedy(model, 5, None)(run, ids, mask))
+    got = np.asarray(decoder(model, Decoding(5))(run, ids, mask))
     forward = jax.jit(lambda batch: model.forward(params, batch).logits[0, -1].argmax())
     for row, text in zip(got, texts, strict=True):
         want = []

@@ -10,7 +10,7 @@ import tiny
 from conftest import STORIES, needs_shared
 
 from peftjax import chain, hub, stack_layers
-from peftjax.generate import greedy
+from peftjax.generate import Decoding, decoder
 from peftjax.methods import bitfit, lora, prefix
 
 EOS, PAD, NEW = 3, 0, 12
@@ -62,20 +62,20 @@ def adapted(name, model):
 def test_the_cache_changes_nothing(model, name):
     params = adapted(name, model)
     ids, mask = prompts((3, 7, 1, 5))
-    free = np.asarray(greedy(model, NEW, None, PAD)(params, ids, mask))
+    free = np.asarray(decoder(model, Decoding(NEW), PAD)(params, ids, mask))
     eos = int(free[0, 4])  # a token that does come up
-    got = np.asarray(greedy(model, NEW, eos, PAD)(params, ids, mask))
+    got = np.asarray(decoder(model, Decoding(NEW, stop=(eos,)), PAD)(params, ids, mask))
     assert np.array_equal(free, step_by_step(model, params, ids, mask, None))
     assert np.array_equal(got, step_by_step(model, params, ids, mask, eos))
     assert eos in got[0]
-    assert np.array_equal(got, greedy(model, NEW, eos, PAD)(stack_layers(params), ids, mask))
+    assert np.array_equal(got, decoder(model, Decoding(NEW, stop=(eos,)), PAD)(stack_layers(params), ids, mask))
     if name != "base":
-        assert not np.array_equal(free, greedy(model, NEW, None, PAD)(model.params, ids, mask))
+        assert not np.array_equal(free, decoder(model, Decoding(NEW), PAD)(model.params, ids, mask))
 
 
 def test_a_row_does_not_depend_on_the_others(model):
     ids, mask = prompts((3, 7, 1, 5))
-    generate = greedy(model, NEW, None)
+    generate = decoder(model, Decoding(NEW))
     together = np.asarray(generate(model.params, ids, mask))
     for row, n in enumerate((3, 7, 1, 5)):
         alone = generate(model.params, ids[row : row + 1, -n:], mask[row : row + 1, -n:])
@@ -85,39 +85,39 @@ def test_a_row_does_not_depend_on_the_others(model):
 def test_rows_that_end_are_filled_and_the_loop_stops_when_all_have(model):
     ids, mask = prompts((4, 4))
     ids[1] = ids[0]
-    free = np.asarray(greedy(model, NEW, None, PAD)(model.params, ids, mask))[0]
+    free = np.asarray(decoder(model, Decoding(NEW), PAD)(model.params, ids, mask))[0]
     eos = int(free[2])
     at = free.tolist().index(eos)
-    got = np.asarray(greedy(model, NEW, eos, 17)(model.params, ids, mask))
+    got = np.asarray(decoder(model, Decoding(NEW, stop=(eos,)), 17)(model.params, ids, mask))
     assert (got == [*free[: at + 1], *[17] * (NEW - at - 1)]).all()
 
 
 def test_one_new_token(model):
     ids, mask = prompts((3, 7))
-    one = greedy(model, 1, EOS, PAD)(model.params, ids, mask)
+    one = decoder(model, Decoding(1, stop=(EOS,)), PAD)(model.params, ids, mask)
     assert one.shape == (2, 1)
     assert one.dtype == jnp.int32
     assert np.array_equal(one, step_by_step(model, model.params, ids, mask, EOS, 1))
 
 
 def test_one_compilation_for_each_shape(model):
-    generate: jax.stages.Wrapped = greedy(model, 2, EOS, PAD)  # pyright: ignore[reportAssignmentType] - it is jitted
+    generate: jax.stages.Wrapped = decoder(model, Decoding(2, stop=(EOS,)), PAD)  # pyright: ignore[reportAssignmentType] - it is jitted
     for lengths in ((3, 7), (7, 2), (1, 7)):
         generate(model.params, *prompts(lengths))
     assert generate._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue] - jax has no public counter
 
 
 def test_what_cannot_generate_is_said(model):
-    with pytest.raises(ValueError, match="max_new_tokens must be at least 1; got 0"):
-        greedy(model, 0, EOS)
+    with pytest.raises(ValueError, match="max_new_tokens must be a whole number, at least 1; got 0"):
+        decoder(model, Decoding(0, stop=(EOS,)))
     encoder = hub.from_config(tiny.config("bert"), "encoder")
     with pytest.raises(ValueError, match="a language model; this model's head is 'none'"):
-        greedy(encoder, 3, EOS)
+        decoder(encoder, Decoding(3, stop=(EOS,)))
     with pytest.raises(ValueError, match="bert is an encoder and cannot generate"):
         encoder.empty_cache(encoder.params, 1, 8)
     classifier = hub.from_config(tiny.config("llama"), "classification")
     with pytest.raises(ValueError, match="this model's head is 'classification'"):
-        greedy(classifier, 3, EOS)
+        decoder(classifier, Decoding(3, stop=(EOS,)))
 
 
 # Against transformers
@@ -144,9 +144,10 @@ def test_a_left_padded_batch_equals_transformers(model, tmp_path, with_eos):
     pytest.importorskip("torch")
     hub.save(model, model.params, tmp_path)
     ids, mask = prompts((3, 8, 1, 5), seed=2)
-    free = np.asarray(greedy(model, NEW, None, PAD)(model.params, ids, mask))
+    free = np.asarray(decoder(model, Decoding(NEW), PAD)(model.params, ids, mask))
     eos = int(free[1, 5]) if with_eos else None
-    got = np.asarray(greedy(model, NEW, eos, PAD)(model.params, ids, mask))
+    how = Decoding(NEW, stop=() if eos is None else (eos,))
+    got = np.asarray(decoder(model, how, PAD)(model.params, ids, mask))
     assert np.array_equal(got, by_transformers(tmp_path, ids, mask, eos, NEW))
     assert not with_eos or eos in got[1, :-1]
 
@@ -159,10 +160,12 @@ def test_stories260K_equals_transformers_and_the_known_text():
     model, tokenizer = hub.load(STORIES, "causal-lm"), hub.load_tokenizer(STORIES)
     bos = np.array([[known[0]]], np.int32)
     new = len(known) - 1
-    got = np.asarray(greedy(model, new, tokenizer.eos_token_id)(model.params, bos, np.ones_like(bos)))
+    got = np.asarray(
+        decoder(model, Decoding(new, stop=(tokenizer.eos_token_id,)))(model.params, bos, np.ones_like(bos))
+    )
     assert got[0].tolist() == known[1:]
     assert tokenizer.decode(got[0], skip_special_tokens=True).strip() == expected["greedy_text"]
     pytest.importorskip("torch")
     ids, mask = prompts((2, 9, 5), vocabulary=500, seed=3)
-    got = np.asarray(greedy(model, 40, tokenizer.eos_token_id, PAD)(model.params, ids, mask))
+    got = np.asarray(decoder(model, Decoding(40, stop=(tokenizer.eos_token_id,)), PAD)(model.params, ids, mask))
     assert np.array_equal(got, by_transformers(STORIES, ids, mask, tokenizer.eos_token_id, 40))

@@ -10,7 +10,7 @@ from peftjax import hub
 from peftjax.checkpoint import save_adapter
 from peftjax.cli import main
 from peftjax.compare import steer
-from peftjax.generate import greedy
+from peftjax.generate import Decoding, decoder
 from peftjax.methods import lora
 from peftjax.proxy import proxy, same_words
 
@@ -40,7 +40,7 @@ def test_the_equation_and_greedy_decoding_are_torchs(three, tmp_path):
         hub.save(model, model.params, tmp_path / str(i))
         theirs.append(transformers.AutoModelForCausalLM.from_pretrained(tmp_path / str(i)).eval())
     model, alpha = proxy(*three, alpha=0.7), 0.7
-    texts = np.asarray(greedy(model, 6, None)(trees(three), IDS, MASK))
+    texts = np.asarray(decoder(model, Decoding(6))(trees(three), IDS, MASK))
     for row, ids, mask in zip(texts, IDS, MASK, strict=True):
         text, want = ids[mask > 0].tolist(), []
         for _ in range(6):
@@ -53,21 +53,21 @@ def test_the_equation_and_greedy_decoding_are_torchs(three, tmp_path):
             want.append(int(logits[-1].argmax()))
             text.append(want[-1])
         assert row.tolist() == want
-    alone = np.asarray(greedy(three[0], 6, None)(three[0].params, IDS, MASK))
+    alone = np.asarray(decoder(three[0], Decoding(6))(three[0].params, IDS, MASK))
     assert (alone != texts).any(), "the expert must matter"
 
 
 def test_without_a_difference_or_a_weight_it_is_the_base(three):
     base, expert, anti = three
-    want = np.asarray(greedy(base, 5, None)(base.params, IDS, MASK))
-    zero = greedy(proxy(base, expert, anti, alpha=0.0), 5, None)
+    want = np.asarray(decoder(base, Decoding(5))(base.params, IDS, MASK))
+    zero = decoder(proxy(base, expert, anti, alpha=0.0), Decoding(5))
     np.testing.assert_array_equal(zero((base.params, expert.params, anti.params), IDS, MASK), want)
-    same = greedy(proxy(base, anti, anti), 5, None)
+    same = decoder(proxy(base, anti, anti), Decoding(5))
     np.testing.assert_array_equal(same((base.params, anti.params, anti.params), IDS, MASK), want)
 
 
 def test_one_compilation_for_all_three(three):
-    generate = greedy(proxy(*three), 4, None)
+    generate = decoder(proxy(*three), Decoding(4))
     generate(trees(three), IDS, MASK)
     generate(tuple(jax.tree.map(lambda x: 2 * x, p) for p in trees(three)), IDS, MASK)
     assert generate._cache_size() == 1
@@ -80,8 +80,8 @@ def test_beside_encoders():
         model = hub.from_config(tiny.config("t5"), "generation", seed=seed)
         models.append(model._replace(params=tiny.roughen(model.params, seed)))
     base, expert = models
-    got = greedy(proxy(base, expert, base), 5, None)((base.params, expert.params, base.params), IDS, MASK)
-    np.testing.assert_array_equal(got, greedy(expert, 5, None)(expert.params, IDS, MASK))
+    got = decoder(proxy(base, expert, base), Decoding(5))((base.params, expert.params, base.params), IDS, MASK)
+    np.testing.assert_array_equal(got, decoder(expert, Decoding(5))(expert.params, IDS, MASK))
 
 
 def test_what_cannot_be_added_is_refused(three):

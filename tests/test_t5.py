@@ -16,7 +16,7 @@ from test_models import LAYOUTS, assert_same, equations, layouts, moved, ours, t
 from peftjax import chain, combine, count, hub, node, partition
 from peftjax.checkpoint import load_adapter
 from peftjax.cli import main
-from peftjax.generate import greedy
+from peftjax.generate import Decoding, decoder
 from peftjax.layout import stack_layers, unstack_layers
 from peftjax.methods import bitfit, dora, head, lora, prefix
 from peftjax.models.layers import shift_right
@@ -371,13 +371,13 @@ def test_greedy_is_that_of_transformers(tmp_path, name, padding, layout):
     torch_model = torch_t5(name, num_decoder_layers=2)  # another number than the encoder's, transformers cannot
     model, batch = moved(torch_model, tmp_path), texts(9, padding, rows=6, seed=3)
     params, prompts = layout(model.params), (batch["input_ids"], batch["attention_mask"])
-    endless = np.asarray(greedy(model, 14, eos_id=None)(params, *prompts))
+    endless = np.asarray(decoder(model, Decoding(14))(params, *prompts))
     assert len({tuple(row) for row in endless.tolist()}) > 3, "the texts depend on the prompts"
     eos = int(endless[0, 5])  # so that some row ends
     inputs = {k: torch.tensor(v) for k, v in batch.items()}
     want = torch_model.generate(**inputs, max_new_tokens=14, do_sample=False, eos_token_id=eos, pad_token_id=0)
     want = want.numpy()[:, 1:]  # without the start token
-    got = np.asarray(greedy(model, 14, eos_id=eos)(params, *prompts))
+    got = np.asarray(decoder(model, Decoding(14, stop=(eos,)))(params, *prompts))
     np.testing.assert_array_equal(got[:, : want.shape[1]], want)
     assert (got[:, want.shape[1] :] == 0).all()
 
@@ -408,7 +408,7 @@ def test_cached_equals_uncached(layout, with_prefix, key):
 
 def test_the_encoder_runs_once_and_the_function_compiles_once():
     model = hub.from_config(transformers.T5Config(**T5), "seq2seq")
-    generate, batch = greedy(model, 6, eos_id=None), texts(9)
+    generate, batch = decoder(model, Decoding(6)), texts(9)
     for seed in (1, 2):
         ids = texts(9, seed=seed)["input_ids"]
         assert generate(model.params, ids, batch["attention_mask"]).shape == (3, 6)

@@ -255,6 +255,25 @@ def extend_cache(cache: Cache, attention_mask: jax.Array) -> tuple[Cache, jax.Ar
     return cache._replace(valid=valid, index=cache.index + new), mask
 
 
+def repeat_rows(cache: Cache, n: int) -> Cache:
+    """Every row n times, the copies beside each other: for beams."""
+    axis = 0 if isinstance(cache.layers[0], tuple) else 1  # scanned buffers have a layer axis before the batch's
+    valid, source = jnp.repeat(cache.valid, n, 0), None if cache.source is None else jnp.repeat(cache.source, n, 0)
+    layers = jax.tree.map(lambda x: jnp.repeat(x, n, axis), cache.layers)
+    return Cache(layers, valid, cache.index, source)
+
+
+def gather_rows(cache: Cache, rows: jax.Array) -> Cache:
+    """Keys and values of these rows, (batch); only within copies of one row, as what all copies share stays."""
+
+    def own(layer, axis):  # an encoder's keys and values, after the first two, are shared
+        return *(jnp.take(x, rows, axis) for x in layer[:2]), *layer[2:]
+
+    if isinstance(cache.layers[0], tuple):
+        return cache._replace(layers=tuple(own(layer, 0) for layer in cache.layers))
+    return cache._replace(layers=own(cache.layers, 1))
+
+
 def causal_context(
     attention_mask: jax.Array, positions: jax.Array, cache: Cache | None, deterministic: bool
 ) -> tuple[Context, Cache | None]:
