@@ -85,6 +85,21 @@ class Training:
 
 
 @dataclasses.dataclass
+class Decode:
+    """How texts are generated to be scored.
+
+    Attributes:
+      beams: texts that are followed at once (beam search); 1: the most likely token, again and again.
+      length_penalty: a finished text of n tokens is ranked by log-probability over n to this power.
+      no_repeat_ngram: no sequence of so many tokens comes twice; 0: no such rule. LoRA on E2E: 10 beams, 0.8, 4.
+    """
+
+    beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram: int = 0
+
+
+@dataclasses.dataclass
 class Compare:
     """Trains several methods on one model and task and prints the table.
 
@@ -98,6 +113,7 @@ class Compare:
 
     base: tyro.conf.OmitArgPrefixes[Base]
     training: tyro.conf.OmitArgPrefixes[Training]
+    decode: tyro.conf.OmitArgPrefixes[Decode]
     methods: str | None = None
     seeds: int = 1
     lr: str = ""
@@ -117,6 +133,7 @@ class Train:
 
     base: tyro.conf.OmitArgPrefixes[Base]
     training: tyro.conf.OmitArgPrefixes[Training]
+    decode: tyro.conf.OmitArgPrefixes[Decode]
     method: str = "lora"
     seed: int = 0
     lr: float | None = None
@@ -134,6 +151,7 @@ class Evaluate:
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
+    decode: tyro.conf.OmitArgPrefixes[Decode]
     adapter: Path | None = None
     ranks: str = ""
     seed: int = 0
@@ -175,6 +193,66 @@ class Merge:
 
 
 @dataclasses.dataclass
+class Speaker:
+    """What writes.
+
+    Attributes:
+      model: folder in Hugging Face's layout, or a hub name; tiny-books comes with the package.
+      adapter: the adapter file; default: none.
+      max_new_tokens: of an answer.
+      temperature: 0: the most likely token; above: tokens are drawn.
+      top_k: draw from so many of the most likely tokens.
+      top_p: draw from the fewest most likely tokens whose probabilities sum to this.
+      seed: of what is drawn.
+      template: file with a chat template (Jinja); default: the tokenizer's own.
+      dtype: of the activations.
+      param_dtype: of the base's parameters.
+      quantize: hold the linear weights of the base in 8 or 4 bits.
+    """
+
+    model: str = "tiny-books"
+    adapter: Path | None = None
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float = 1.0
+    seed: int = 0
+    template: Path | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "nf4", "nf4-double"] | None = None
+
+
+@dataclasses.dataclass
+class Generate:
+    """Writes on after a prompt, or after each line of standard input, and shows the text as it comes.
+
+    Attributes:
+      prompt: default: each line of standard input is one.
+      stop: texts before which an answer ends.
+      chat: give the prompt as a user's message, by the chat template.
+    """
+
+    speaker: tyro.conf.OmitArgPrefixes[Speaker]
+    decode: tyro.conf.OmitArgPrefixes[Decode]
+    prompt: str | None = None
+    stop: tuple[str, ...] = ()
+    chat: bool = False
+
+
+@dataclasses.dataclass
+class Chat:
+    """A conversation by the model's chat template; /reset begins anew, /exit ends it.
+
+    Attributes:
+      system: message that the conversation begins with.
+    """
+
+    speaker: tyro.conf.OmitArgPrefixes[Speaker]
+    system: str | None = None
+
+
+@dataclasses.dataclass
 class Methods:
     """Lists the methods: what trains, where, whether it merges, the paper."""
 
@@ -194,6 +272,7 @@ def compare(args: Compare) -> None:
         settings=_settings(args.training),
         watch=_watch,
         say=_say,
+        decoding=_decoding(args.decode),
         **_prepare(args.base),
     )
     console.print(*found, sep="\n")
@@ -213,6 +292,7 @@ def train(args: Train) -> None:
         settings=dataclasses.replace(_settings(args.training), seed=args.seed),
         watch=_watch,
         say=_say,
+        decoding=_decoding(args.decode),
         **_prepare(args.base),
     )
     scores = ", ".join(f"{k} {v:.4g}" for k, v in result["scores"].items())
@@ -224,7 +304,7 @@ def evaluate(args: Evaluate) -> None:
     from . import compare as comparison
 
     where = (args.base.model, args.base.task, args.base.data)
-    options = {"seed": args.seed, "say": _say, **_prepare(args.base)}
+    options = {"seed": args.seed, "say": _say, "decoding": _decoding(args.decode), **_prepare(args.base)}
     if args.ranks:
         if args.adapter is None:
             raise ValueError("--ranks needs the --adapter of a DyLoRA")
@@ -259,6 +339,53 @@ def merge(args: Merge) -> None:
     _say(f"written: {folder}")
 
 
+def generate(args: Generate) -> None:
+    import jax
+
+    from . import chat
+
+    writer, params, key = _open(args.speaker, **dataclasses.asdict(args.decode))
+    template = chat.template_of(writer.tokenizer, args.speaker.template) if args.chat else ""
+
+    def read(text: str) -> Any:
+        message = {"role": "user", "content": text}
+        return chat.encode(writer.tokenizer, [message], template) if args.chat else text
+
+    lines = (line.rstrip("\r\n") for line in sys.stdin) if args.prompt is None else iter([args.prompt])
+    prompts = (read(line) for line in lines if line.strip() or args.prompt is not None)
+    if args.decode.beams > 1:
+        for text in writer.complete(params, list(prompts), key=key, until=args.stop):
+            print(text, flush=True)
+        return
+    for i, prompt in enumerate(prompts):
+        own = None if key is None else jax.random.fold_in(key, i)
+        for piece in writer.stream(params, prompt, key=own, until=args.stop):
+            print(piece, end="", flush=True)
+        print(flush=True)
+
+
+def chat(args: Chat) -> None:
+    from .chat import converse, template_of
+
+    writer, params, key = _open(args.speaker)
+    template = template_of(writer.tokenizer, args.speaker.template)
+    asks = sys.stdin.isatty() and sys.stdout.isatty()
+
+    def read() -> str | None:
+        try:
+            return input("> " if asks else "")
+        except EOFError:
+            return None
+
+    def write(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    def note(text: str) -> None:
+        _say(text, Console(stderr=True), style="dim")
+
+    converse(writer, params, template, read=read, write=write, note=note, system=args.system, key=key)
+
+
 def methods(args: Methods) -> None:
     from .methods import HEADER, lines
 
@@ -276,6 +403,8 @@ VERBS: dict[type, Callable] = {
     Evaluate: evaluate,
     Proxy: proxy,
     Merge: merge,
+    Generate: generate,
+    Chat: chat,
     Methods: methods,
 }
 Command = (
@@ -284,6 +413,8 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Proxy, tyro.conf.subcommand("proxy")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
 )
 
@@ -327,6 +458,26 @@ def _prepare(b: Base) -> dict:
         "fresh_head": b.fresh_head,
         "remat": b.remat,
     }
+
+
+def _decoding(d: Decode):
+    from .generate import Decoding
+
+    return Decoding(**dataclasses.asdict(d))
+
+
+def _open(s: Speaker, **choices: Any) -> tuple:
+    """The writer, its parameters, and a key where tokens are drawn."""
+    import jax
+    import jax.numpy as jnp
+
+    from .chat import load
+    from .generate import Decoding
+
+    how = Decoding(s.max_new_tokens, s.temperature, s.top_k, s.top_p, **choices)
+    dtypes = {"dtype": jnp.dtype(s.dtype), "param_dtype": jnp.dtype(s.param_dtype)}
+    writer, params = load(s.model, s.adapter, how, quantize=s.quantize, **dtypes)
+    return writer, params, jax.random.key(s.seed) if s.temperature else None
 
 
 def _rates(text: str) -> dict[str, float]:

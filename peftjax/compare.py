@@ -16,6 +16,7 @@ from rich.table import Table
 
 from . import hub, report
 from .checkpoint import load_adapter, read_header
+from .generate import Decoding
 from .hub import Model
 from .layout import stack_layers
 from .methods import at_rank, parse
@@ -365,6 +366,12 @@ def _facts(problem: Problem, s: Settings, options: dict) -> list[str]:
         f"weight decay {s.weight_decay}, {clip}; learning rates in the table",
         f"padded to {', '.join(map(str, problem.buckets))} tokens; activations {problem.model.module.dtype.name}",
         *([f"the base's linear weights are quantised: {how}"] if (how := options.get("quantize")) else []),
+        *([f"texts by {_said(problem.decoding)}"] if problem.decoding else []),
         f"jax {jax.__version__}, {where}",
         f"command: `{shlex.join(['peftjax', *sys.argv[1:]])}`",
     ]
+
+
+def _said(how: Decoding) -> str:
+    beams = f"{how.beams} beams, length penalty {how.length_penalty:g}" if how.beams > 1 else "the most likely token"
+    return beams + (f", no sequence of {how.no_repeat_ngram} tokens twice" if how.no_repeat_ngram else "")

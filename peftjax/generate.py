@@ -173,6 +173,7 @@ def _choose(how: Decoding, logits: jax.Array, text: Text, keys: jax.Array | None
     logits = without_repeats(logits, text.tokens, text.length, how.no_repeat_ngram)
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    assert keys is not None  # `_row_keys` gives some where tokens are drawn
     own = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
     return jax.vmap(jax.random.categorical)(own, narrowed(logits, how)).astype(jnp.int32)
 
@@ -311,6 +312,7 @@ class Writer:
 
         Where tokens are drawn, prompt i draws by `fold_in(key, i)`.
         """
+        _check_ends(until)
         if not len(prompts):
             return []
         examples = [data.Example(ids) for ids in self._encode(params, prompts)]
@@ -341,6 +343,7 @@ class Writer:
         """
         if self.how.beams > 1:
             raise ValueError(f"{self.how.beams} beams are known at the end only; use complete, or stream one")
+        _check_ends(until)
         (ids,) = self._encode(params, [prompt])
         keys = _row_keys(self.how, key, 1)
         length = self._bucket(params, len(ids))
@@ -393,20 +396,20 @@ class Writer:
         begin = [] if encodes or bos is None else [bos]
         out, room, most = [], self.room(params), self.model.config.vocab_size
         for i, prompt in enumerate(prompts):
-            ids = prompt
+            ids, which = prompt, f"prompt {i}" if len(prompts) > 1 else "the prompt"
             if isinstance(prompt, str):
                 ids = [*begin, *self.tokenizer(prompt, add_special_tokens=encodes, verbose=False)["input_ids"]]
             ids = [int(t) for t in ids]
             if not ids:
-                raise ValueError(f"prompt {i} has no tokens, and the tokenizer no BOS token; write at least a word")
+                raise ValueError(f"{which} has no tokens, and the tokenizer no BOS token; write at least a word")
             if len(ids) > room:
                 raise ValueError(
-                    f"prompt {i} has {len(ids)} tokens; with {self.how.max_new_tokens} new ones the model has room for "
+                    f"{which} has {len(ids)} tokens; with {self.how.max_new_tokens} new ones the model has room for "
                     f"{max(room, 0)}; shorten it, or give a smaller max_new_tokens"
                 )
             if max(ids) >= most or min(ids) < 0:
                 raise ValueError(
-                    f"prompt {i} has the token {max(ids) if max(ids) >= most else min(ids)}, and the model has {most}; "
+                    f"{which} has the token {max(ids) if max(ids) >= most else min(ids)}, and the model has {most}; "
                     "the tokenizer is not this model's"
                 )
             out.append(ids)
@@ -420,6 +423,11 @@ class Writer:
 
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def _check_ends(until: Sequence[str]) -> None:
+    if isinstance(until, str) or not all(until):
+        raise ValueError(f"the texts that end an answer are a list of texts, none of them empty; got {until!r}")
 
 
 def _end(text: str, until: Sequence[str]) -> int:
