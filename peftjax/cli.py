@@ -24,7 +24,8 @@ class Base:
 
     Attributes:
       model: folder in Hugging Face's layout, or a hub name; tiny-books comes with the package.
-      task: places (built in), cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, banking77 or e2e.
+      task: places (built in), cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, banking77, e2e, gsm8k, boolq, piqa,
+        social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge or openbookqa.
       data: folder with the task's files, or a Hugging Face data set; default: the task's own.
       split: what to score on, dev or test; default: the task's.
       train_limit: use only so many training rows.
@@ -140,6 +141,25 @@ class Evaluate:
 
 
 @dataclasses.dataclass
+class Score:
+    """Scores a file of texts with a task's metrics, or with others; no model is needed.
+
+    Attributes:
+      predictions: one text a line, in the order of the split's inputs.
+      task: e2e, gsm8k, ...
+      data: folder with the task's files, or a Hugging Face data set; default: the task's own.
+      split: dev or test; default: the task's.
+      metrics: such as bleu,nist,meteor; default: the task's.
+    """
+
+    predictions: Path
+    task: str = "e2e"
+    data: str | None = None
+    split: Literal["dev", "test"] | None = None
+    metrics: str = ""
+
+
+@dataclasses.dataclass
 class Proxy:
     """Scores a large model steered by a small one before and after tuning (proxy-tuning); nothing is trained.
 
@@ -235,6 +255,14 @@ def evaluate(args: Evaluate) -> None:
     _say(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
 
+def score(args: Score) -> None:
+    from . import compare as comparison
+
+    metrics = [m.strip() for m in args.metrics.split(",") if m.strip()]
+    scores = comparison.score_file(args.task, args.data, args.predictions, split=args.split, metrics=metrics)
+    _say(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+
+
 def proxy(args: Proxy) -> None:
     from . import compare as comparison
 
@@ -274,6 +302,7 @@ VERBS: dict[type, Callable] = {
     Compare: compare,
     Train: train,
     Evaluate: evaluate,
+    Score: score,
     Proxy: proxy,
     Merge: merge,
     Methods: methods,
@@ -282,6 +311,7 @@ Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[Proxy, tyro.conf.subcommand("proxy")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
