@@ -412,8 +412,8 @@ def encode_choices(
         answers = list(task.choices(row))
         if len(answers) < 2 or len({*answers}) < len(answers) or row[task.target] not in answers:
             raise ValueError(
-                f"Row {i} of task {task.name!r} has the target {row[task.target]!r} and the answers {answers}; expected "
-                "two or more different answers, and the target among them."
+                f"Row {i} of task {task.name!r} has the target {row[task.target]!r} and the answers {answers}; "
+                "expected two or more different answers, and the target among them."
             )
         right.append(answers.index(row[task.target]))
         texts.append(answers)

@@ -148,19 +148,31 @@ METRICS: dict[str, Callable[[Values, Values], float]] = {
 TEXT = {"bleu", "nist", "rouge_l", "cider", "meteor", "exact_match", "gsm8k", "gsm8k_last"}  # against several texts
 
 
-def score(
-    metrics: Sequence[str], predictions: Values, references: Values, required: Sequence[Sequence[str]] | None = None
-) -> dict[str, float]:
-    """Every named metric of `predictions` (n) against `references` (n), in the order asked for.
+def check(metrics: Sequence[str]) -> None:
+    """Says what is wrong with the names before anything costs time.
 
-    In percent, but for nist and cider, which no table prints so. Labels or numbers for classification and regression;
-    texts for generation, against one text or a list of texts each. `slots` looks at `required` instead of the references: the values that each text must say.
+    Raises:
+      ValueError: there is no such metric, or the program that computes it is not here.
     """
     for name in metrics:
         if name not in METRICS:
             close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
             meant = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"No metric {name!r}{meant} Known: {', '.join(METRICS)}.")
+    if "meteor" in metrics:
+        nlg.find_meteor()
+
+
+def score(
+    metrics: Sequence[str], predictions: Values, references: Values, required: Sequence[Sequence[str]] | None = None
+) -> dict[str, float]:
+    """Every named metric of `predictions` (n) against `references` (n), in the order asked for.
+
+    In percent, but for nist and cider, which no table prints so. Labels or numbers for classification and regression;
+    texts for generation, against one text or a list of texts each. `slots` looks at `required` instead of the
+    references: the values that each text must say.
+    """
+    check(metrics)
     if len(predictions) != len(references) or len(references) == 0:
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; expected one each.")
     if "slots" in metrics and required is None:
@@ -177,7 +189,8 @@ def _as_list(reference: str | Sequence[str], number: int) -> list[str]:
     return texts
 
 
-_NUMBER = r"(?:(?<![\w.])[-−])?\$?[-−]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_MINUS = "\N{MINUS SIGN}"
+_NUMBER = rf"(?:(?<![\w.])[-{_MINUS}])?\$?[-{_MINUS}]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
 
 
 def _numbers(predictions: Values, references: Values, read: Callable[[str], Decimal | None]) -> float:
@@ -186,7 +199,7 @@ def _numbers(predictions: Values, references: Values, read: Callable[[str], Deci
         wanted = {_marked(one) for one in _as_list(reference, i)}
         if None in wanted:
             raise ValueError(
-                f"The answer {reference!r} of example {i} (from 0) has no number after '####'; GSM8K's answers end in one."
+                f"Answer {i} (from 0), {reference!r}, has no number after '####'; those of GSM8K end in one."
             )
         right += read(text) in wanted
     return 100.0 * right / len(predictions)
@@ -203,7 +216,7 @@ def _last(text: str) -> Decimal | None:
 
 
 def _number(text: str) -> Decimal:
-    return Decimal(text.replace("−", "-").replace("$", "").replace(",", ""))
+    return Decimal(text.replace(_MINUS, "-").replace("$", "").replace(",", ""))
 
 
 def _constant(values: Values) -> bool:

@@ -31,7 +31,7 @@ def words(text: str) -> list[str]:
     >>> words("It's kid-friendly, isn't it? Prices: £20-25.")
     ['it', "'s", 'kid-friendly', 'is', "n't", 'it', 'prices', '£', '20-25']
     """
-    text = text.lower().replace("’", "'").replace("cannot", "can not")
+    text = text.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").replace("cannot", "can not")
     return _WORD.findall(_CLITIC.sub(r" \1", text))
 
 
@@ -49,7 +49,7 @@ def nist(predictions: Texts, references: References) -> float:
     """
     from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
-    split = functools.lru_cache(maxsize=None)(Tokenizer13a())
+    split = functools.cache(Tokenizer13a())
     hypotheses = [split(text).lower().split() for text in predictions]
     lists = [[split(text).lower().split() for text in texts] for texts in references]
     seen: Counter[Ngram] = Counter()
@@ -102,13 +102,13 @@ def cider(predictions: Texts, references: References) -> float:
     >>> round(cider(["a cat", "two dogs"], [["a cat"], ["two cats"]]), 2)
     3.12
     """
-    count = functools.lru_cache(maxsize=None)(lambda text: _ngrams(words(text), 4))
+    count = functools.cache(lambda text: _ngrams(words(text), 4))
     among: Counter[Ngram] = Counter()
     for texts in references:
         among.update({ngram for text in texts for ngram in count(text)})
     items = math.log(len(references))
 
-    @functools.lru_cache(maxsize=None)
+    @functools.cache
     def weigh(text: str) -> tuple[dict[Ngram, float], list[float], int]:
         counts = count(text)
         vector = {ngram: n * (items - math.log(max(1, among[ngram]))) for ngram, n in counts.items()}
@@ -133,13 +133,7 @@ def meteor(predictions: Texts, references: References) -> float:
     Raises:
       ValueError: the environment's METEOR_JAR names no meteor-1.5.jar, there is no `java`, or the jar failed.
     """
-    jar, java = os.environ.get("METEOR_JAR", ""), shutil.which("java")
-    if java is None or not Path(jar).is_file():
-        lack = f"METEOR_JAR is {jar!r}" if java else "there is no `java` on the PATH"
-        raise ValueError(
-            f"The metric 'meteor' runs METEOR's own program, but {lack}; install Java and set METEOR_JAR to the path of "
-            "meteor-1.5.jar, its data folder beside it (`pip install pycocoevalcap` brings both), or leave meteor out."
-        )
+    java, jar = find_meteor()
 
     def ask(lines: list[str]) -> list[str]:
         command = [java, "-Xmx2G", "-jar", jar, "-", "-", "-stdio", "-l", "en", "-norm"]
@@ -151,6 +145,22 @@ def meteor(predictions: Texts, references: References) -> float:
     texts = [[" ".join(words(t)) for t in (*several, p)] for p, several in zip(predictions, references, strict=True)]
     statistics = ask([" ||| ".join(["SCORE", *each]) for each in texts])
     return 100.0 * float(ask([" ||| ".join(["EVAL", *statistics])])[-1])
+
+
+def find_meteor() -> tuple[str, str]:
+    """The paths of `java` and of METEOR's jar.
+
+    Raises:
+      ValueError: one of them is not here.
+    """
+    jar, java = os.environ.get("METEOR_JAR", ""), shutil.which("java")
+    if java is None or not Path(jar).is_file():
+        lack = f"METEOR_JAR is {jar!r}" if java else "there is no `java` on the PATH"
+        raise ValueError(
+            f"The metric 'meteor' runs METEOR's own program, but {lack}; install Java and set METEOR_JAR to the path "
+            "of meteor-1.5.jar, its data folder beside it (`pip install pycocoevalcap` brings both), or leave it out."
+        )
+    return java, jar
 
 
 def _ngrams(tokens: Sequence[str], most: int) -> Counter[Ngram]:

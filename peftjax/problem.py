@@ -13,7 +13,7 @@ from . import data, hub
 from .generate import greedy
 from .hub import Model
 from .likelihood import Likelihood
-from .metrics import score
+from .metrics import check, score
 from .models.layers import shift_right
 from .tasks import Task, get_task
 from .tree import Tree
@@ -103,6 +103,7 @@ def prepare(
       ValueError, FileNotFoundError: from the loaders; or a text that is too long where the task does not cut.
     """
     task = get_task(task) if isinstance(task, str) else task
+    check(task.metrics)
     if task.choices is not None and (task.kind != "generation" or {*task.metrics} - CHOICE_METRICS):
         raise ValueError(
             f"task {task.name!r} has choices, so its kind is 'generation' and its metrics are among "
