@@ -160,6 +160,42 @@ class Score:
 
 
 @dataclasses.dataclass
+class LmEval:
+    """Runs tasks of EleutherAI's lm-evaluation-harness on a model; needs pip install 'peftjax[lm-eval]'.
+
+    Attributes:
+      tasks: names, separated by commas.
+      model: folder in Hugging Face's layout, or a hub name.
+      adapter: the adapter file; default: none.
+      out: where the table, the results and the samples go; the answers there are used again by the same command.
+      limit: use only the first so many rows of each task.
+      include: a folder with YAML files of own tasks.
+      shots: worked examples before each question; default: the task's.
+      chat: put the questions into the tokenizer's chat template.
+      batch_size: requests at once.
+      max_length: of a text in tokens; default: what the model has room for.
+      seed: of sampled texts.
+      dtype, param_dtype: of the activations, and of the base's parameters.
+      quantize: hold the linear weights of the base in 8 or 4 bits.
+    """
+
+    tasks: str
+    model: str = "tiny-books"
+    adapter: Path | None = None
+    out: Path = Path("runs/lm-eval")
+    limit: int | None = None
+    include: Path | None = None
+    shots: int | None = None
+    chat: bool = False
+    batch_size: int = 32
+    max_length: int | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "nf4", "nf4-double"] | None = None
+
+
+@dataclasses.dataclass
 class Proxy:
     """Scores a large model steered by a small one before and after tuning (proxy-tuning); nothing is trained.
 
@@ -263,6 +299,24 @@ def score(args: Score) -> None:
     _say(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
 
+def lm_eval(args: LmEval) -> None:
+    try:
+        from . import harness
+    except ImportError as e:
+        raise ValueError(str(e)) from e
+    from .run import check_writable
+
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    check_writable(args.out)
+    manager = harness.find_tasks(names, args.include)  # before a model is loaded
+    fields = ("model", "adapter", "batch_size", "max_length", "seed", "dtype", "param_dtype", "quantize")
+    lm = harness.PeftjaxLM(**{name: getattr(args, name) for name in fields})
+    ways: dict[str, Any] = {"limit": args.limit, "shots": args.shots, "chat": args.chat}
+    _, table = harness.run_tasks(lm, names, manager, args.out, **ways)
+    _say(table)
+    _say(f"written: {args.out}/table.md, results.json, samples_*.jsonl", style="dim")
+
+
 def proxy(args: Proxy) -> None:
     from . import compare as comparison
 
@@ -303,6 +357,7 @@ VERBS: dict[type, Callable] = {
     Train: train,
     Evaluate: evaluate,
     Score: score,
+    LmEval: lm_eval,
     Proxy: proxy,
     Merge: merge,
     Methods: methods,
@@ -312,6 +367,7 @@ Command = (
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
     | Annotated[Proxy, tyro.conf.subcommand("proxy")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
