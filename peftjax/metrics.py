@@ -190,7 +190,7 @@ def _as_list(reference: str | Sequence[str], number: int) -> list[str]:
 
 
 _MINUS = "\N{MINUS SIGN}"
-_NUMBER = rf"(?:(?<![\w.])[-{_MINUS}])?\$?[-{_MINUS}]?(?:\d[\d,]*(?:\.\d+)?|\.\d+)"
+_NUMBER = rf"(?:(?:(?<![\w.])[-{_MINUS}])?\$?|\$[-{_MINUS}])(?:\d[\d,]*(?:\.\d+)?|\.\d+)"  # 9-18 ends in 18
 
 
 def _numbers(predictions: Values, references: Values, read: Callable[[str], Decimal | None]) -> float:
