@@ -24,7 +24,8 @@ class Base:
 
     Attributes:
       model: folder in Hugging Face's layout, or a hub name; tiny-books comes with the package.
-      task: places (built in), cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, banking77 or e2e.
+      task: places (built in), cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, banking77, e2e, gsm8k, boolq, piqa,
+        social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge or openbookqa.
       data: folder with the task's files, or a Hugging Face data set; default: the task's own.
       split: what to score on, dev or test; default: the task's.
       train_limit: use only so many training rows.
@@ -155,6 +156,61 @@ class Evaluate:
     adapter: Path | None = None
     ranks: str = ""
     seed: int = 0
+
+
+@dataclasses.dataclass
+class Score:
+    """Scores a file of texts with a task's metrics, or with others; no model is needed.
+
+    Attributes:
+      predictions: one text a line, in the order of the split's inputs.
+      task: e2e, gsm8k, ...
+      data: folder with the task's files, or a Hugging Face data set; default: the task's own.
+      split: dev or test; default: the task's.
+      metrics: such as bleu,nist,meteor; default: the task's.
+    """
+
+    predictions: Path
+    task: str = "e2e"
+    data: str | None = None
+    split: Literal["dev", "test"] | None = None
+    metrics: str = ""
+
+
+@dataclasses.dataclass
+class LmEval:
+    """Runs tasks of EleutherAI's lm-evaluation-harness on a model; needs pip install 'peftjax[lm-eval]'.
+
+    Attributes:
+      tasks: names, separated by commas.
+      model: folder in Hugging Face's layout, or a hub name.
+      adapter: the adapter file; default: none.
+      out: where the table, the results and the samples go; the answers there are used again by the same command.
+      limit: use only the first so many rows of each task.
+      include: a folder with YAML files of own tasks.
+      shots: worked examples before each question; default: the task's.
+      chat: put the questions into the tokenizer's chat template.
+      batch_size: requests at once.
+      max_length: of a text in tokens; default: what the model has room for.
+      seed: of sampled texts.
+      dtype, param_dtype: of the activations, and of the base's parameters.
+      quantize: hold the linear weights of the base in 8 or 4 bits.
+    """
+
+    tasks: str
+    model: str = "tiny-books"
+    adapter: Path | None = None
+    out: Path = Path("runs/lm-eval")
+    limit: int | None = None
+    include: Path | None = None
+    shots: int | None = None
+    chat: bool = False
+    batch_size: int = 32
+    max_length: int | None = None
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "nf4", "nf4-double"] | None = None
 
 
 @dataclasses.dataclass
@@ -315,6 +371,32 @@ def evaluate(args: Evaluate) -> None:
     _say(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
 
 
+def score(args: Score) -> None:
+    from . import compare as comparison
+
+    metrics = [m.strip() for m in args.metrics.split(",") if m.strip()]
+    scores = comparison.score_file(args.task, args.data, args.predictions, split=args.split, metrics=metrics)
+    _say(", ".join(f"{k} {v:.4g}" for k, v in scores.items()))
+
+
+def lm_eval(args: LmEval) -> None:
+    try:
+        from . import harness
+    except ImportError as e:
+        raise ValueError(str(e)) from e
+    from .run import check_writable
+
+    names = [name.strip() for name in args.tasks.split(",") if name.strip()]
+    check_writable(args.out)
+    manager = harness.find_tasks(names, args.include)  # before a model is loaded
+    fields = ("model", "adapter", "batch_size", "max_length", "seed", "dtype", "param_dtype", "quantize")
+    lm = harness.PeftjaxLM(**{name: getattr(args, name) for name in fields})
+    ways: dict[str, Any] = {"limit": args.limit, "shots": args.shots, "chat": args.chat}
+    _, table = harness.run_tasks(lm, names, manager, args.out, **ways)
+    _say(table)
+    _say(f"written: {args.out}/table.md, results.json, samples_*.jsonl", style="dim")
+
+
 def proxy(args: Proxy) -> None:
     from . import compare as comparison
 
@@ -401,6 +483,8 @@ VERBS: dict[type, Callable] = {
     Compare: compare,
     Train: train,
     Evaluate: evaluate,
+    Score: score,
+    LmEval: lm_eval,
     Proxy: proxy,
     Merge: merge,
     Generate: generate,
@@ -411,6 +495,8 @@ Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Score, tyro.conf.subcommand("score")]
+    | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
     | Annotated[Proxy, tyro.conf.subcommand("proxy")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]

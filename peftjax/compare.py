@@ -16,11 +16,13 @@ from rich.table import Table
 
 from . import hub, report
 from .checkpoint import load_adapter, read_header
+from .data import load_rows
 from .generate import Decoding
 from .hub import Model
 from .layout import stack_layers
 from .methods import at_rank, parse
 from .methods.base import virtual_tokens
+from .metrics import score
 from .problem import Evaluator, Problem, prepare
 from .proxy import proxy, same_words
 from .run import (
@@ -162,6 +164,37 @@ def evaluate(
     problem = _problem_of(adapter, model_name, task, source, seed, say, options)
     params = problem.model.params if adapter is None else load_adapter(adapter, problem.model).params
     return Evaluator(problem).scores(params)
+
+
+def score_file(
+    task: str, source: str | None, predictions: str | Path, *, split: str | None = None, metrics: Sequence[str] = ()
+) -> dict[str, float]:
+    """The task's metrics of texts that are there already, or other metrics.
+
+    Args:
+      predictions: a file with one text a line, in the order of the split's inputs (rows of equal inputs are one).
+      metrics: names of `peftjax.metrics.METRICS`; default: the task's.
+
+    Raises:
+      ValueError: the task is no generation, or is scored by likelihoods; more or fewer lines than inputs; a metric
+        that is unknown or lacks its program.
+      FileNotFoundError: no such file, or no data.
+    """
+    row = get_task(task)
+    if row.kind != "generation" or row.choices is not None:
+        raise ValueError(f"score reads generated texts, and {task} is answered otherwise; use evaluate")
+    metrics = tuple(metrics) or row.metrics
+    texts = Path(predictions).read_text("utf-8").removesuffix("\n").split("\n")
+    groups: dict[tuple[str, ...], list[dict]] = {}
+    for one in load_rows(row, source, split or row.reported):
+        groups.setdefault(tuple(one[c] for c in row.inputs), []).append(one)
+    if len(texts) != len(groups):
+        at = list(groups)[len(texts) :]
+        lacks = f"; the first without one is {'; '.join(at[0])!r}" if at else ""
+        raise ValueError(f"{predictions} has {len(texts)} lines, and the split has {len(groups)} inputs{lacks}")
+    references = [[one[row.target] for one in group] for group in groups.values()]
+    slots = None if row.slots is None else [row.slots(group[0]) for group in groups.values()]
+    return score(metrics, [text.strip() for text in texts], references, slots)
 
 
 def evaluate_ranks(

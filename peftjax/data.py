@@ -198,7 +198,8 @@ def _checked(task: Task, source: _Source, split: str) -> list[Row]:
             target = row[task.target]
             references = target if isinstance(target, list) else [target]
             if not references or not all(isinstance(text, str) and text for text in references):
-                raise ValueError(f"{where}: column {task.target!r} is {target!r}; expected a text or texts.")
+                of = "; ".join(str(row[column]) for column in task.inputs)
+                raise ValueError(f"{where}: column {task.target!r} is {target!r}; expected a text or texts for {of!r}.")
             rows += [{**row, task.target: text} for text in references]
         else:
             _label(task, task.labels, row[task.target], where)
@@ -244,6 +245,9 @@ class Example(NamedTuple):
     references: list[str] | None = None  # for generation: every accepted text
     slots: list[str] | None = None  # for generation: what the text must say, where the task has slots
     target_ids: list[int] | None = None  # of a decoder beside an encoder: completion and EOS, all to be predicted
+    choices: list[tuple[str, list[int]]] | None = (
+        None  # of multiple choice: every answer and its tokens; label: the right
+    )
 
 
 class Encoded(NamedTuple):
@@ -389,6 +393,41 @@ def _encode_pairs(
         for source, target, texts, row in zip(sources, targets, references, rows, strict=True)
     ]
     return examples, lengths
+
+
+def encode_choices(
+    task: Task, rows: Sequence[Row], tokenizer: Any, max_length: int, *, for_encoder: bool = False
+) -> Encoded:
+    """Rows of multiple choice: the prompt, every answer's tokens as they would follow it, and which one is right.
+
+    Encoded as `encode` does the row with that answer, without EOS. Each row is an example, equal prompts or not.
+
+    Raises:
+      ValueError: a row whose target is not one of its answers, or is among fewer than two; and as `encode`.
+    """
+    assert task.choices is not None  # what this function is for
+    spread: list[Row] = []
+    right, texts = [], []
+    for i, row in enumerate(rows, 1):
+        answers = list(task.choices(row))
+        if len(answers) < 2 or len({*answers}) < len(answers) or row[task.target] not in answers:
+            raise ValueError(
+                f"Row {i} of task {task.name!r} has the target {row[task.target]!r} and the answers {answers}; "
+                "expected two or more different answers, and the target among them."
+            )
+        right.append(answers.index(row[task.target]))
+        texts.append(answers)
+        spread += [{**row, task.target: answer} for answer in answers]
+    encoded = encode(task, spread, tokenizer, None, max_length, for_encoder=for_encoder)
+    flat, examples = iter(encoded.examples), []
+    for answers, label, row in zip(texts, right, rows, strict=True):
+        each = [next(flat) for _ in answers]
+        tails = [(e.target_ids if for_encoder else e.input_ids[e.loss_mask.index(1) :])[:-1] for e in each]  # no EOS
+        heads = [e.input_ids if for_encoder else e.input_ids[: e.loss_mask.index(1)] for e in each]
+        shortest = min(heads, key=len)  # the answers' lengths may have cut it, from the left
+        choices = list(zip(answers, tails, strict=True))
+        examples.append(Example(shortest, label=label, references=[row[task.target]], choices=choices))
+    return Encoded(examples, encoded.truncated, encoded.longest)
 
 
 def _too_long(task: Task, lengths: Sequence[int], limit: int) -> list[int]:

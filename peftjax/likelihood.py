@@ -60,8 +60,8 @@ class Likelihood:
             logits: Any = self.model.forward(params, batch | {"decoder_input_ids": shift_right(targets, start)}).logits
         else:
             targets, mask = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:]
-            out: Any = self.model.forward(params, batch).logits
-            logits = out[:, :-1]
+            inputs = {k: batch[k][:, :-1] for k in ("input_ids", "attention_mask")}  # nothing follows the last token
+            logits = self.model.forward(params, inputs).logits
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
         greedy = (jnp.argmax(logits, axis=-1) == targets) | (mask == 0)
         return (chosen * mask).sum(axis=1), greedy.all(axis=1)
@@ -81,7 +81,7 @@ class Likelihood:
         if not examples:
             return []
         lengths = [len(e.input_ids) for e in examples]
-        room, longest = self.model.max_length, int(np.argmax(lengths))
+        room, longest = self.model.max_length + (not encodes), int(np.argmax(lengths))  # the last token is not read
         if lengths[longest] > room:
             raise ValueError(f"pair {longest} has {lengths[longest]} tokens; the model has room for {room}")
         out: dict[int, Likely] = {}

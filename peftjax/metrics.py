@@ -1,4 +1,4 @@
-"""Scores, each by a well-kept library, all in percent as the papers' tables print them.
+"""Scores, most by a well-kept library, as the papers' tables print them: in percent but for NIST and CIDEr.
 
 >>> score(("accuracy", "f1"), [1, 0, 1, 1], [1, 0, 0, 1])
 {'accuracy': 75.0, 'f1': 80.0}
@@ -8,9 +8,12 @@ import difflib
 import re
 import warnings
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
+
+from . import nlg
 
 # scikit-learn, scipy.stats and sacrebleu are imported where used: a command should not wait for all three.
 
@@ -62,7 +65,7 @@ def bleu(predictions: Values, references: Values) -> float:
     """
     from sacrebleu.metrics.bleu import BLEU
 
-    lists = [_as_list(reference) for reference in references]
+    lists = [_as_list(reference, i) for i, reference in enumerate(references)]
     # sacrebleu wants the k-th reference of every example as one stream, with None where an example has fewer
     streams = [[refs[k] if k < len(refs) else None for refs in lists] for k in range(max(map(len, lists)))]
     metric = BLEU(lowercase=True, tokenize="13a", force=True)  # force: no advice about detokenising on the log
@@ -72,8 +75,8 @@ def bleu(predictions: Values, references: Values) -> float:
 def exact_match(predictions: Values, references: Values) -> float:
     """The share of predictions equal to one of their references, blanks at the ends aside."""
     hits = [
-        prediction.strip() in {text.strip() for text in _as_list(reference)}
-        for prediction, reference in zip(predictions, references, strict=True)
+        prediction.strip() in {text.strip() for text in _as_list(reference, i)}
+        for i, (prediction, reference) in enumerate(zip(predictions, references, strict=True))
     ]
     return 100.0 * sum(hits) / len(hits)
 
@@ -94,44 +97,126 @@ def slots(predictions: Values, references: Values) -> float:
     return 100.0 * sum(said) / len(said)
 
 
+def accuracy_norm(predictions: Values, references: Values) -> float:
+    """The share of right answers where each is the one with the largest log-likelihood a character.
+
+    Of multiple choice only, where `peftjax.problem` gives it these answers and gives `accuracy` those with the largest
+    log-likelihood; as lm-eval's `acc_norm`, which counts characters and not bytes.
+    """
+    return accuracy(predictions, references)
+
+
+def gsm8k(predictions: Values, references: Values) -> float:
+    """The share of right answers: equal to the reference's after `####`, as GSM8K's files are written.
+
+    As the official script (github.com/openai/grade-school-math) reads them: the first `####` and a number, commas left
+    out. Beyond it: a dollar sign, blanks and a period at the end are left out, and numbers are compared as numbers, so
+    that 18.00 is 18. A prediction without `####` is wrong.
+
+    >>> gsm8k(["9 * 2 = 18 #### $18.00.", "It is 18."], ["#### 18", "#### 18"])
+    50.0
+    """
+    return _numbers(predictions, references, _marked)
+
+
+def gsm8k_last(predictions: Values, references: Values) -> float:
+    """As `gsm8k`, but of a prediction the last number counts, wherever it stands.
+
+    >>> gsm8k_last(["So she makes $1,018 in all.", "none"], ["#### 1018", "#### 18"])
+    50.0
+    """
+    return _numbers(predictions, references, _last)
+
+
 METRICS: dict[str, Callable[[Values, Values], float]] = {
     "accuracy": accuracy,
+    "accuracy_norm": accuracy_norm,
     "f1": f1,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
     "bleu": bleu,
+    "nist": nlg.nist,
+    "rouge_l": nlg.rouge_l,
+    "cider": nlg.cider,
+    "meteor": nlg.meteor,
     "exact_match": exact_match,
     "slots": slots,
+    "gsm8k": gsm8k,
+    "gsm8k_last": gsm8k_last,
 }
+TEXT = {"bleu", "nist", "rouge_l", "cider", "meteor", "exact_match", "gsm8k", "gsm8k_last"}  # against several texts
 
 
-def score(
-    metrics: Sequence[str], predictions: Values, references: Values, required: Sequence[Sequence[str]] | None = None
-) -> dict[str, float]:
-    """Every named metric of `predictions` (n) against `references` (n), in percent, in the order asked for.
+def check_metrics(metrics: Sequence[str]) -> None:
+    """Says what is wrong with the names before anything costs time.
 
-    Labels or numbers for classification and regression; texts for bleu and exact_match, against one text or a
-    list of texts each. `slots` looks at `required` instead of the references: the values that each text must say.
+    Raises:
+      ValueError: there is no such metric, or the program that computes it is not here.
     """
     for name in metrics:
         if name not in METRICS:
             close = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
             meant = f"; did you mean {close[0]!r}?" if close else "."
             raise ValueError(f"No metric {name!r}{meant} Known: {', '.join(METRICS)}.")
+    if "meteor" in metrics:
+        nlg.find_meteor()
+
+
+def score(
+    metrics: Sequence[str], predictions: Values, references: Values, required: Sequence[Sequence[str]] | None = None
+) -> dict[str, float]:
+    """Every named metric of `predictions` (n) against `references` (n), in the order asked for.
+
+    In percent, but for nist and cider, which no table prints so. Labels or numbers for classification and regression;
+    texts for generation, against one text or a list of texts each. `slots` looks at `required` instead of the
+    references: the values that each text must say.
+    """
+    check_metrics(metrics)
     if len(predictions) != len(references) or len(references) == 0:
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references; expected one each.")
     if "slots" in metrics and required is None:
         raise ValueError("The metric 'slots' needs the values that each text must say; give the task `slots`.")
-    against = {"slots": required or []}
+    against: dict[str, Any] = {"slots": required or []}
+    against |= {name: [_as_list(r, i) for i, r in enumerate(references)] for name in TEXT & {*metrics}}
     return {name: METRICS[name](predictions, against.get(name, references)) for name in metrics}
 
 
-def _as_list(reference: str | Sequence[str]) -> list[str]:
+def _as_list(reference: str | Sequence[str], number: int) -> list[str]:
     texts = [reference] if isinstance(reference, str) else list(reference)
     if not texts:
-        raise ValueError("An example has an empty list of references; expected at least one text.")
+        raise ValueError(f"Example {number} (from 0) has an empty list of references; expected at least one text.")
     return texts
+
+
+_MINUS = "\N{MINUS SIGN}"
+_NUMBER = rf"(?:(?:(?<![\w.])[-{_MINUS}])?\$?|\$[-{_MINUS}])(?:\d[\d,]*(?:\.\d+)?|\.\d+)"  # 9-18 ends in 18
+
+
+def _numbers(predictions: Values, references: Values, read: Callable[[str], Decimal | None]) -> float:
+    right = 0
+    for i, (text, reference) in enumerate(zip(predictions, references, strict=True)):
+        wanted = {_marked(one) for one in _as_list(reference, i)}
+        if None in wanted:
+            raise ValueError(
+                f"Answer {i} (from 0), {reference!r}, has no number after '####'; those of GSM8K end in one."
+            )
+        right += read(text) in wanted
+    return 100.0 * right / len(predictions)
+
+
+def _marked(text: str) -> Decimal | None:
+    found = re.search(rf"####[ \t]*({_NUMBER})", text)
+    return _number(found[1]) if found else None
+
+
+def _last(text: str) -> Decimal | None:
+    found = re.findall(_NUMBER, text)
+    return _number(found[-1]) if found else None
+
+
+def _number(text: str) -> Decimal:
+    return Decimal(text.replace(_MINUS, "-").replace("$", "").replace(",", ""))
 
 
 def _constant(values: Values) -> bool:

@@ -12,12 +12,14 @@ import optax
 from . import data, hub
 from .generate import Decoding, check, decoder
 from .hub import Model
-from .metrics import score
+from .likelihood import Likelihood
+from .metrics import check_metrics, score
 from .models.layers import shift_right
 from .tasks import Task, get_task
 from .tree import Tree
 
 EVAL_BATCH = 64
+CHOICE_METRICS = {"accuracy", "accuracy_norm"}
 
 
 class Problem(NamedTuple):
@@ -29,7 +31,7 @@ class Problem(NamedTuple):
       task: with its labels filled in.
       train, dev: examples; a generation task's dev examples are for the loss.
       scored: examples of the split that is reported, if that is not dev (on which the best step is chosen).
-      prompts: of a generation task, with references, to be scored on.
+      prompts: of a generation task, with references, to be scored on; of multiple choice, with every answer.
       buckets: lengths that training batches are padded to, dev batches too.
       max_new_tokens: of a generated text: the longest completion of the training set.
       notes: what the reader of a table should know (texts cut, examples left out).
@@ -107,6 +109,12 @@ def prepare(
     """
     task = get_task(task) if isinstance(task, str) else task
     decoding = None if decoding is None else _of_choice(check(decoding), task)
+    check_metrics(task.metrics)
+    if task.choices is not None and (task.kind != "generation" or {*task.metrics} - CHOICE_METRICS):
+        raise ValueError(
+            f"task {task.name!r} has choices, so its kind is 'generation' and its metrics are among "
+            f"{sorted(CHOICE_METRICS)}; got {task.kind!r} and {task.metrics}"
+        )
     eval_split = eval_split or task.reported
     limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
     for name, value in limits.items():
@@ -137,10 +145,13 @@ def prepare(
         raise ValueError(f"max_length {limit} leaves no room for a text: {special} are special tokens; write more")
     notes = []
 
-    def encode(rows, what, **kwargs):
+    def encode(rows, what, how=None, **kwargs):
         most = kwargs.pop("limit", limit)
         kwargs["for_encoder"] = model.family.start_id is not None
-        encoded = data.encode(task, rows, tokenizer, task.labels, most, **kwargs)
+        if how is not None:
+            encoded = how(task, rows, tokenizer, most, **kwargs)
+        else:
+            encoded = data.encode(task, rows, tokenizer, task.labels, most, **kwargs)
         if encoded.truncated:
             notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {most} tokens")
         _check_ids(encoded.examples, model, model_name)
@@ -152,7 +163,9 @@ def prepare(
     dev = encode(dev_rows, "dev" if need_train else eval_split)
     scored = encode(eval_rows, eval_split) if need_train and eval_split != "dev" else None
     prompts, new_tokens = [], 0
-    if task.kind == "generation":
+    if task.choices is not None:
+        prompts = encode(eval_rows, "prompt", how=data.encode_choices)
+    elif task.kind == "generation":
         new_tokens = max_new_tokens or max(len(e.target_ids or ()) or sum(e.loss_mask or []) for e in train or dev)
         if new_tokens >= room:
             raise ValueError(
@@ -201,7 +214,7 @@ def _open_labels(task: Task) -> bool:
 
 
 def _first(task: Task, rows: list[dict], limit: int | None) -> list[dict]:
-    if limit is None or task.kind != "generation":
+    if limit is None or task.kind != "generation" or task.choices is not None:
         return rows[:limit]
     keys = list(dict.fromkeys(tuple(row[c] for c in task.inputs) for row in rows))[:limit]
     return [row for row in rows if tuple(row[c] for c in task.inputs) in set(keys)]
@@ -250,8 +263,11 @@ class Evaluator:
             return loss(params, batch, None), logits
 
         self._dev = jax.jit(dev)
-        if task.kind == "generation":
-            ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        ends = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
+        self.generates = task.kind == "generation" and task.choices is None
+        if task.choices is not None:
+            self._likely = Likelihood(model, problem.pad_id, EVAL_BATCH // 2)
+        if self.generates:
             how = (problem.decoding or Decoding())._replace(max_new_tokens=problem.max_new_tokens, stop=ends)
             self._generate, self._rows = decoder(model, how, problem.pad_id), max(1, EVAL_BATCH // how.beams)
 
@@ -260,9 +276,16 @@ class Evaluator:
         return self._of(params, self.problem.dev)
 
     def scores(self, params: Tree, texts: list[str] | None = None) -> dict[str, float]:
-        """Loss and metrics on the reported split; of a generation task, on generated texts (`texts`, if given)."""
+        """Loss and metrics on the reported split.
+
+        Of a generation task, on generated texts (`texts`, if given); of multiple choice, on the likeliest answers.
+        """
         examples = self.problem.dev if self.problem.scored is None else self.problem.scored
         found = self._of(params, examples)
+        if self.problem.task.choices is not None:
+            picks = self.choose(params)
+            labels = [e.label for e in self.problem.prompts]
+            return found | {m: score((m,), picks[m], labels)[m] for m in self.problem.task.metrics}
         if self.problem.task.kind == "generation":
             texts = texts or self.generate(params)
             references = [e.references for e in self.problem.prompts]
@@ -286,6 +309,21 @@ class Evaluator:
         rows = np.array([logits[i] for i in range(len(logits))])
         predictions = rows[:, 0] if p.task.kind == "regression" else rows.argmax(-1)
         return loss | score(p.task.metrics, predictions.tolist(), [e.label for e in examples])
+
+    def choose(self, params: Tree) -> dict[str, list[int]]:
+        """Which answer is taken of every prompt, by `Σ log p` ('accuracy') and by that a character ('accuracy_norm').
+
+        Of equal ones the first. Characters are those of the answer, as lm-eval's `acc_norm` counts them.
+        """
+        pairs = [(e.input_ids, ids) for e in self.problem.prompts for _, ids in e.choices or []]
+        likely = iter(self._likely(params, pairs))
+        picks: dict[str, list[int]] = {m: [] for m in sorted(CHOICE_METRICS)}
+        for e in self.problem.prompts:
+            logprobs = np.array([next(likely).logprob for _ in e.choices or []])
+            characters = np.array([len(text) for text, _ in e.choices or []])
+            picks["accuracy"].append(int(logprobs.argmax()))
+            picks["accuracy_norm"].append(int((logprobs / characters).argmax()))
+        return picks
 
     def generate(self, params: Tree) -> list[str]:
         """Continuations of the problem's prompts, in their order."""

@@ -56,6 +56,10 @@ class Proxy(NamedTuple):
     def config(self):
         return self.base.config
 
+    @property
+    def max_length(self) -> int:
+        return min(m.max_length for m in (self.base, self.expert, self.antiexpert))
+
 
 def proxy(base: Model, expert: Model, antiexpert: Model, alpha: float = 1.0) -> Proxy:
     """Decodes with `softmax(s_M + alpha (s_M+ - s_M-))`: Liu et al. 2024 (arXiv:2401.08565), section 2, equation 1.

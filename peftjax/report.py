@@ -90,9 +90,9 @@ def markdown(rows: Sequence[dict], results: Sequence[dict], title: str, facts: S
     out += [
         "",
         f"Scores are {'means ± standard deviations over seeds ' + str(seeds) if len(seeds) > 1 else 'of one seed'}, "
-        "of the best evaluation of each run, metrics in percent. Share: of the base and what was added. Peak: "
-        "XLA's plan of the compiled training step, arguments and temporaries together. Step: median, without "
-        "compilation. Compiled: training steps compiled, one for each length.",
+        "of the best evaluation of each run, metrics in percent but for nist and cider. Share: of the base and what "
+        "was added. Peak: XLA's plan of the compiled training step, arguments and temporaries together. Step: median, "
+        "without compilation. Compiled: training steps compiled, one for each length.",
         "",
         *(f"\\* {r['method']}: {r['note']}." for r in rows if r["note"]),
         "",

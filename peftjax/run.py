@@ -182,7 +182,7 @@ def run(
     )
     fitted_at = time.perf_counter()
     resolved = jax.jit(lambda p: method.resolve(p, None))(fitted.params)
-    texts = evaluator.generate(resolved) if generation else []
+    texts = evaluator.generate(resolved) if evaluator.generates else []
     if fitted.best is not None and not generation and problem.scored is None:
         scores = fitted.best["eval"]
     else:
@@ -232,7 +232,7 @@ def zero_shot(problem: Problem, folder: str | Path, *, evaluator: Evaluator | No
         return done
     began = time.perf_counter()
     evaluator = evaluator or Evaluator(problem)
-    texts = evaluator.generate(problem.model.params) if problem.task.kind == "generation" else []
+    texts = evaluator.generate(problem.model.params) if evaluator.generates else []
     scores = evaluator.scores(problem.model.params, texts)
     result = {
         "method": ZERO_SHOT,

@@ -79,6 +79,8 @@ class Task(NamedTuple):
     made: Callable[[str], list[Row]] | None = None  # split -> rows, where no source is given
     slots: Callable[[Mapping[str, Any]], list[str]] | None = None  # what a generated text must say, for `slots`
     reported: Literal["dev", "test"] = "dev"  # the split of a table, unless another is asked for
+    # Multiple choice: a generation task scored by the likelihood of each answer, of which the target is one.
+    choices: Callable[[Mapping[str, Any]], list[str]] | None = None
 
 
 def e2e_fields(mr: str) -> list[tuple[str, str]]:
@@ -128,6 +130,38 @@ def _glue(name: str, inputs: tuple[str, ...], labels: tuple[Any, ...] | None, **
     )
     return row._replace(**changes)
 
+
+def commonsense_answers(row: Mapping[str, Any]) -> list[str]:
+    """The answers that a row in LLM-Adapters' form allows, from the format that ends its instruction.
+
+    >>> commonsense_answers({"instruction": "Is water wet? Answer format: true/false"})
+    ['the correct answer is true', 'the correct answer is false']
+    """
+    words = row["instruction"].rpartition("Answer format:")[2].strip().split("/")
+    return [f"the correct answer is {word.strip()}" for word in words]
+
+
+def _commonsense(name: str) -> Task:
+    """LLM-Adapters' form of a commonsense task (Hu et al. 2023, arXiv:2304.01933; github.com/AGI-Edgerunners).
+
+    Its prompt is the instruction alone, without the frame ("Below is an instruction ...") that their script puts around
+    it, and its answer is chosen by likelihood, where they generate a text and look for the answer in it.
+    """
+    splits = ("train", "dev", "test")
+    return Task(
+        name=name,
+        kind="generation",
+        inputs=("instruction",),
+        target="output",
+        metrics=("accuracy", "accuracy_norm"),
+        files={split: ((f"{name}.{split}.jsonl",), (f"{split}.jsonl",)) for split in splits},
+        holdout=0.1,  # published as train and test alone
+        reported="test",
+        choices=commonsense_answers,
+    )
+
+
+_COMMONSENSE = ("boolq", "piqa", "social_i_qa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "openbookqa")
 
 _ROWS = (
     _glue(
@@ -190,7 +224,7 @@ _ROWS = (
         kind="generation",
         inputs=("mr",),
         target="ref",
-        metrics=("bleu",),
+        metrics=("bleu", "nist", "rouge_l", "cider"),
         hub=Hub("tuetschek/e2e_nlg", revision="refs/convert/parquet"),
         aliases={"refs": "ref", "meaning_representation": "mr", "human_reference": "ref"},
         prompt=e2e_prompt,
@@ -206,6 +240,19 @@ _ROWS = (
         slots=places.slots,
         reported="test",
     ),
+    Task(
+        name="gsm8k",
+        kind="generation",
+        inputs=("question",),
+        target="answer",
+        metrics=("gsm8k", "gsm8k_last"),
+        hub=Hub("openai/gsm8k", "main", {"train": "train", "test": "test"}),
+        holdout=0.05,  # published as train and test alone
+        prompt=lambda row: f"Question: {row['question']}\nAnswer:",
+        max_length=1024,
+        reported="test",
+    ),
+    *map(_commonsense, _COMMONSENSE),
 )
 
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}
