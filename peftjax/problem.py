@@ -28,6 +28,7 @@ class Problem(NamedTuple):
       tokenizer: transformers' tokenizer of the base.
       task: with its labels filled in.
       train, dev: examples; a generation task's dev examples are for the loss.
+      packed: length of the rows that training texts are packed into, several in each; None: one text a row.
       scored: examples of the split that is reported, if that is not dev (on which the best step is chosen).
       prompts: of a generation task, with references, to be scored on.
       buckets: lengths that training batches are padded to, dev batches too.
@@ -45,6 +46,7 @@ class Problem(NamedTuple):
     max_new_tokens: int
     notes: tuple[str, ...]
     scored: list[data.Example] | None = None
+    packed: int | None = None
 
     @property
     def pad_id(self) -> int:
@@ -53,9 +55,14 @@ class Problem(NamedTuple):
     def epoch(self, number: int, batch_size: int, seed: int) -> Iterator[dict]:
         """The shuffled training batches of an epoch."""
         pad = self.pad_id
+        if self.packed is not None:
+            order = {"shuffle_seed": seed, "epoch": number}
+            return data.packed_batches(self.train, batch_size, self.packed, pad_id=pad, **order)
         return data.batches(self.train, batch_size, self.buckets, pad_id=pad, shuffle_seed=seed, epoch=number)
 
     def steps_per_epoch(self, batch_size: int) -> int:
+        if self.packed is not None:
+            return -(-len(data.pack([len(e.input_ids) for e in self.train], self.packed)) // batch_size)
         return len(data.plan(self.train, batch_size, self.buckets))
 
     def digest(self) -> str:
@@ -80,6 +87,7 @@ def prepare(
     max_buckets: int = 3,
     need_train: bool = True,
     max_new_tokens: int | None = None,
+    pack: bool = False,
     **load: Any,
 ) -> Problem:
     """Loads a model, its tokenizer and a task's data, and turns the texts into tokens.
@@ -95,6 +103,7 @@ def prepare(
       max_buckets: number of lengths that batches are padded to.
       need_train: False leaves the training examples out (the labels may still come from them).
       max_new_tokens: of a generated text; default: the longest completion of the examples read.
+      pack: put several training texts into a row, of as many tokens as a text may have; none sees another.
       load: passed to `peftjax.hub.load`.
 
     Raises:
@@ -118,6 +127,10 @@ def prepare(
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
     model = hub.load(model_name, purpose, labels=labels, **load)
     tokenizer = hub.load_tokenizer(model_name)
+    if pack:
+        if task.kind != "generation":
+            raise ValueError(f"packing is for generation tasks; {task.name} is a {task.kind} task: leave out pack")
+        hub.check_packable(model.family)
     reserved = reserve(model)
     room = model.max_length - reserved
     special = tokenizer.num_special_tokens_to_add(pair=task.kind != "generation" and len(task.inputs) > 1)
@@ -159,7 +172,20 @@ def prepare(
             notes.append(f"the first {limit_} {what} only")
     lengths = [len(e.input_ids) for e in [*train, *dev, *(scored or [])]]
     buckets = data.bucket_lengths(lengths, max_buckets, limit=limit)
-    return Problem(model, tokenizer, task, train, dev, prompts, buckets, new_tokens, tuple(notes), scored)
+    if pack and train:
+        notes.append(_padding(train, buckets, limit))
+    packed = limit if pack else None
+    return Problem(model, tokenizer, task, train, dev, prompts, buckets, new_tokens, tuple(notes), scored, packed)
+
+
+def _padding(train: list[data.Example], buckets: tuple[int, ...], row_length: int) -> str:
+    lengths = [len(e.input_ids) for e in train]
+    rows, alone = len(data.pack(lengths, row_length)), sum(min(b for b in buckets if b >= n) for n in lengths)
+    packed, unpacked = (1 - sum(lengths) / cells for cells in (rows * row_length, alone))
+    return (
+        f"{len(train)} training texts packed into {rows} rows of {row_length} tokens: {packed:.1%} of them padding, "
+        f"{unpacked:.1%} with one text a row"
+    )
 
 
 def _check_ids(examples: list[data.Example], model: Model, name: str) -> None:
