@@ -34,6 +34,10 @@ def load_rows(task: Task, source: str | Path | None, split: str) -> list[Row]:
             f"Task {task.name!r} has kind {task.kind!r} and inputs {task.inputs!r}; expected classification, "
             "regression or generation, and a tuple of one or two columns."
         )
+    if task.chats is not None:
+        from . import sft  # here, as it reads by this module
+
+        return sft.rows(task.chats, source, split)
     if source is None and task.made is not None:
         return _checked(task, _Source(lambda split: True, _made(task.made)), split)
     found = _hub(task, source) if source is None or not Path(source).is_dir() else _folder(task, Path(source))
@@ -80,12 +84,13 @@ def _folder(task: Task, folder: Path) -> _Source:
                 f"{folder} has no {split} file of task {task.name!r} ({wanted}); it holds: {there}."
             )
         for path in files(split):
-            yield from _read_file(path)
+            yield from read_file(path)
 
     return _Source(lambda split: bool(files(split)), read)
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
+def read_file(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a JSONL or TSV file, each with where it stands."""
     header: list[str] | None = None
     empty = True
     with path.open("rb") as file:  # in bytes a line ends with \n only: no cut at U+2028 and the like
@@ -250,6 +255,7 @@ class Encoded(NamedTuple):
     examples: list[Example]
     truncated: int  # how many were cut to max_length
     longest: int  # in tokens, before the cut
+    notes: tuple[str, ...] = ()  # what else the reader should know
 
 
 def encode(
@@ -277,6 +283,12 @@ def encode(
     if not rows:
         raise ValueError(f"No rows of task {task.name!r} to encode; expected at least one.")
     limit = task.max_length if max_length is None else max_length
+    if task.chats is not None:
+        from . import sft
+
+        if for_encoder:
+            raise ValueError(f"{task.name} is for decoders, which read question and answer as one text")
+        return sft.encode(task.chats, rows, tokenizer, limit, for_generation=for_generation)
     if task.kind == "generation":
         encode_ = _encode_pairs if for_encoder else _encode_texts
         examples, lengths = encode_(task, rows, tokenizer, limit, for_generation)

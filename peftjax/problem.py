@@ -88,6 +88,7 @@ def prepare(
     need_train: bool = True,
     max_new_tokens: int | None = None,
     pack: bool = False,
+    chat_template: str | None = None,
     **load: Any,
 ) -> Problem:
     """Loads a model, its tokenizer and a task's data, and turns the texts into tokens.
@@ -104,6 +105,7 @@ def prepare(
       need_train: False leaves the training examples out (the labels may still come from them).
       max_new_tokens: of a generated text; default: the longest completion of the examples read.
       pack: put several training texts into a row, of as many tokens as a text may have; none sees another.
+      chat_template: of conversations, a Jinja text; default: the tokenizer's own.
       load: passed to `peftjax.hub.load`.
 
     Raises:
@@ -127,6 +129,8 @@ def prepare(
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
     model = hub.load(model_name, purpose, labels=labels, **load)
     tokenizer = hub.load_tokenizer(model_name)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
     if pack:
         if task.kind != "generation":
             raise ValueError(f"packing is for generation tasks; {task.name} is a {task.kind} task: leave out pack")
@@ -150,6 +154,7 @@ def prepare(
         encoded = data.encode(task, rows, tokenizer, task.labels, most, **kwargs)
         if encoded.truncated:
             notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {most} tokens")
+        notes.extend(f"{what} texts: {note}" for note in encoded.notes)
         _check_ids(encoded.examples, model, model_name)
         if "type_vocab_size" not in model.config._fields:  # some tokenizers give token types to models without
             return [e._replace(type_ids=None) for e in encoded.examples]
@@ -160,7 +165,8 @@ def prepare(
     scored = encode(eval_rows, eval_split) if need_train and eval_split != "dev" else None
     prompts, new_tokens = [], 0
     if task.kind == "generation":
-        new_tokens = max_new_tokens or max(len(e.target_ids or ()) or sum(e.loss_mask or []) for e in train or dev)
+        longest = max(len(e.target_ids or ()) or sum(e.loss_mask or []) for e in train or dev)
+        new_tokens = max_new_tokens or task.new_tokens or longest
         if new_tokens >= room:
             raise ValueError(
                 f"{new_tokens} new tokens leave no room for a prompt in the {room} positions; "

@@ -162,7 +162,7 @@ def run(
     params = method.init(jax.random.key(settings.seed), model.params, model.sites)
     evaluator = evaluator or Evaluator(problem)
     generation = problem.task.kind == "generation"
-    headline = problem.task.metrics[0]
+    headline = problem.task.headline
 
     def better(new, old):
         return new["loss"] < old["loss"] if generation else new[headline] > old[headline]
@@ -193,6 +193,8 @@ def run(
         "scores": scores,
         "config": config,
     }
+    if problem.task.chats is not None:
+        extra |= {"chats": problem.task.chats._asdict(), "chat_template": problem.tokenizer.chat_template}
     size = save_adapter(folder / "adapter.safetensors", model, method, fitted.params, extra)
     result = {
         "method": entry.name,

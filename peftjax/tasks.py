@@ -36,6 +36,20 @@ class Hub(NamedTuple):
     revision: str | None = None  # "refs/convert/parquet" where main is a script, which datasets 4 refuses
 
 
+class Chats(NamedTuple):
+    """How `peftjax.sft` reads conversations.
+
+    Attributes:
+      holdout: share of the rows of each file that is held out for the loss.
+      cap: at most so many rows of each file, drawn with a fixed seed.
+      long: what becomes of a conversation of too many tokens: 'cut' at its end, or 'drop'.
+    """
+
+    holdout: float = 0.05
+    cap: int | None = None
+    long: Literal["cut", "drop"] = "cut"
+
+
 class Task(NamedTuple):
     """What `peftjax.data` and `peftjax.metrics` need to know about a data set.
 
@@ -79,6 +93,13 @@ class Task(NamedTuple):
     made: Callable[[str], list[Row]] | None = None  # split -> rows, where no source is given
     slots: Callable[[Mapping[str, Any]], list[str]] | None = None  # what a generated text must say, for `slots`
     reported: Literal["dev", "test"] = "dev"  # the split of a table, unless another is asked for
+    chats: Chats | None = None  # rows are conversations, read and encoded by `peftjax.sft`
+    new_tokens: int | None = None  # of a generated text; None: the longest completion
+
+    @property
+    def headline(self) -> str:
+        """The score that a table is about."""
+        return self.metrics[0] if self.metrics else "loss"
 
 
 def e2e_fields(mr: str) -> list[tuple[str, str]]:
@@ -205,6 +226,16 @@ _ROWS = (
         made=places.rows,
         slots=places.slots,
         reported="test",
+    ),
+    Task(
+        name="sft",
+        kind="generation",
+        inputs=("prompt",),
+        target="answer",
+        metrics=(),
+        chats=Chats(),
+        max_length=1024,
+        new_tokens=64,
     ),
 )
 

@@ -50,8 +50,8 @@ class Row(NamedTuple):
       acts: where.
       merges: whether the result can be written as plain weights of the base.
       rate: the default learning rate at width 768; it is taken times 768 / width, as matrices under Adam want it
-        (Yang et al. 2022, arXiv:2203.03466, table 3), and as biases and prefixes of bases 64 and 128 wide did too; inf where
-        nothing trains.
+        (Yang et al. 2022, arXiv:2203.03466, table 3), and as biases and prefixes of bases 64 and 128 wide did too; inf
+        where nothing trains.
       paper: where it is defined.
     """
 

@@ -36,8 +36,9 @@ class Noise:
 def neftune(alpha: float = 5.0) -> Method:
     """Noise on the embedded tokens in training: Jain et al. 2023 (arXiv:2310.05914), section 2.
 
-    `X' = X + (α / sqrt(L d)) ε`, ε uniform in [-1, 1] and drawn anew for every step and entry; L is the number of tokens
-    of the text, padding left out, and d the width. Of packed texts each has its own L. When evaluating there is no noise.
+    `X' = X + (α / sqrt(L d)) ε`, ε uniform in [-1, 1] and drawn anew for every step and entry; L is the number of
+    tokens of the text, padding left out, and d the width. Of packed texts each has its own L. When evaluating there is
+    no noise.
 
     It trains and saves nothing: chain it with a method that does, `lora+neftune(alpha=5)`. An encoder-decoder's two
     inputs both get noise. Virtual tokens get none.

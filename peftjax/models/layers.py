@@ -13,7 +13,10 @@ is added if there is one, a hook runs if and only if its node is there. Hook poi
 | attention | `prefix` | y = (keys, values), x = the module's input |
 | model | `shift` | y = positions, x = token ids |
 | model | `prompt` | y = (embedded text, mask, positions), x = None; see `begin` |
-| Embed | `output` | y = the looked-up rows, x = ids, context = (batch, length) of word tables: the number of a token's text, 0 at padding |
+| Embed | `output` | y = the looked-up rows, x = ids, context = each token's text, see below |
+
+A table of words tells its hook which text each token is of: (batch, length) of 1, of 1, 2, ... in packed rows, and of 0
+at padding.
 """
 
 from collections.abc import Callable
