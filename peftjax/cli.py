@@ -144,7 +144,7 @@ class Sft:
       long: what becomes of longer ones: cut at their end, or dropped.
       holdout: share of each file's rows that is held out for the loss.
       cap: at most so many rows of each file.
-      max_new_tokens: of the answers to held-out rows that are shown.
+      max_new_tokens: of the answers to held-out rows that are shown; default: 64.
       seed: fixes everything that is random.
       lr: learning rate; default: the method's own.
       out: where the adapter, the log and the training state go.
@@ -160,7 +160,7 @@ class Sft:
     long: Literal["cut", "drop"] = "cut"
     holdout: float = 0.05
     cap: int | None = None
-    max_new_tokens: int = 64
+    max_new_tokens: int | None = None
     buckets: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"

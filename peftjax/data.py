@@ -37,7 +37,7 @@ def load_rows(task: Task, source: str | Path | None, split: str) -> list[Row]:
     if task.chats is not None:
         from . import sft  # here, as it reads by this module
 
-        return sft.rows(task.chats, source, split)
+        return sft.rows(task.chats, None if source is None else str(source), split)
     if source is None and task.made is not None:
         return _checked(task, _Source(lambda split: True, _made(task.made)), split)
     found = _hub(task, source) if source is None or not Path(source).is_dir() else _folder(task, Path(source))
@@ -538,7 +538,7 @@ def make_packed(
     - `weight` (B,) float32: 1, or 0 in the filler rows that complete a partial batch and repeat the first row.
     """
     names = ("input_ids", "segment_ids", "positions", "loss_mask")
-    batch = {name: np.zeros((batch_size, row_length), np.int32) for name in names}
+    batch: Batch = {name: np.zeros((batch_size, row_length), np.int32) for name in names}
     batch["input_ids"][:] = pad_id
     for i, row in enumerate([*rows, *[rows[0]] * (batch_size - len(rows))]):
         start = 0

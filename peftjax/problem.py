@@ -166,7 +166,7 @@ def prepare(
     prompts, new_tokens = [], 0
     if task.kind == "generation":
         longest = max(len(e.target_ids or ()) or sum(e.loss_mask or []) for e in train or dev)
-        new_tokens = max_new_tokens or task.new_tokens or longest
+        new_tokens = max_new_tokens or (longest if task.new_tokens is None else min(task.new_tokens, room // 2))
         if new_tokens >= room:
             raise ValueError(
                 f"{new_tokens} new tokens leave no room for a prompt in the {room} positions; "

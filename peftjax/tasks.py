@@ -94,7 +94,7 @@ class Task(NamedTuple):
     slots: Callable[[Mapping[str, Any]], list[str]] | None = None  # what a generated text must say, for `slots`
     reported: Literal["dev", "test"] = "dev"  # the split of a table, unless another is asked for
     chats: Chats | None = None  # rows are conversations, read and encoded by `peftjax.sft`
-    new_tokens: int | None = None  # of a generated text; None: the longest completion
+    new_tokens: int | None = None  # of a generated text, at most half the room; None: the longest completion
 
     @property
     def headline(self) -> str:
