@@ -113,6 +113,8 @@ def prepare(
     """
     task = get_task(task) if isinstance(task, str) else task
     eval_split = eval_split or task.reported
+    if pack and task.kind != "generation":
+        raise ValueError(f"packing is for generation tasks; {task.name} is a {task.kind} task: leave out pack")
     limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
     for name, value in limits.items():
         if value is not None and value < 1:
@@ -132,8 +134,6 @@ def prepare(
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     if pack:
-        if task.kind != "generation":
-            raise ValueError(f"packing is for generation tasks; {task.name} is a {task.kind} task: leave out pack")
         hub.check_packable(model.family)
     reserved = reserve(model)
     room = model.max_length - reserved
