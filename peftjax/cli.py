@@ -25,8 +25,9 @@ class Base:
     Attributes:
       model: folder in Hugging Face's layout, or a hub name; tiny-books comes with the package.
       task: places (built in), cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte, wnli, banking77, e2e, gsm8k, boolq, piqa,
-        social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge or openbookqa.
-      data: folder with the task's files, or a Hugging Face data set; default: the task's own.
+        social_i_qa, hellaswag, winogrande, arc_easy, arc_challenge, openbookqa or sft.
+      data: folder with the task's files, or a Hugging Face data set; default: the task's own; of sft: JSONL files, with
+        shares if you like: a.jsonl,b.jsonl=0.3.
       split: what to score on, dev or test; default: the task's.
       train_limit: use only so many training rows.
       eval_limit: score on only so many inputs.
@@ -37,6 +38,7 @@ class Base:
       quantize: hold the linear weights of the base in 8 or 4 bits (lora over nf4 is QLoRA).
       fresh_head: draw a new task head even if the model has one.
       remat: recompute the blocks' activations in the backward pass; less memory, more time.
+      template: of conversations (sft): alpaca, plain, or a file with a Jinja chat template; default: the tokenizer's.
     """
 
     model: str = "tiny-books"
@@ -52,6 +54,7 @@ class Base:
     quantize: Literal["int8", "nf4", "nf4-double"] | None = None
     fresh_head: bool = False
     remat: bool = False
+    template: str | None = None
 
 
 @dataclasses.dataclass
@@ -110,6 +113,7 @@ class Compare:
       seeds: number of seeds, counted from 0.
       lr: learning rate for all, or by method: "full=1e-4,lora=1e-3"; default: each method's own.
       out: where results, report, plots and adapters go; default: runs/MODEL-TASK.
+      pack: put several texts of a generation task into a row of max_length tokens.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
@@ -119,6 +123,7 @@ class Compare:
     seeds: int = 1
     lr: str = ""
     out: Path | None = None
+    pack: bool = False
 
 
 @dataclasses.dataclass
@@ -130,6 +135,7 @@ class Train:
       seed: fixes everything that is random.
       lr: learning rate; default: the method's own.
       out: where the adapter, the log and the training state go.
+      pack: put several texts of a generation task into a row of max_length tokens.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
@@ -139,6 +145,48 @@ class Train:
     seed: int = 0
     lr: float | None = None
     out: Path = Path("runs/train")
+    pack: bool = False
+
+
+@dataclasses.dataclass
+class Sft:
+    """Supervised fine-tuning on instructions or chats, the loss on the answers; resumes as train does.
+
+    Attributes:
+      data: JSONL files, separated by commas, each with a share if you like: a.jsonl,b.jsonl=0.3. A row is
+        {"messages": [...]}, or "instruction" (and "input") with "output", or "prompt" with "completion".
+      method: such as "lora" or "lora+neftune(alpha=5)".
+      template: alpaca, plain, or a file with a Jinja chat template; default: the tokenizer's.
+      pack: put several conversations into a row of max_length tokens.
+      max_length: of a conversation in tokens; default: what the model has room for, at most 1024.
+      long: what becomes of longer ones: cut at their end, or dropped.
+      holdout: share of each file's rows that is held out for the loss.
+      cap: at most so many rows of each file.
+      max_new_tokens: of the answers to held-out rows that are shown; default: 64.
+      seed: fixes everything that is random.
+      lr: learning rate; default: the method's own.
+      out: where the adapter, the log and the training state go.
+    """
+
+    data: str
+    training: tyro.conf.OmitArgPrefixes[Training]
+    model: str = "tiny-books"
+    method: str = "lora"
+    template: str | None = None
+    pack: bool = False
+    max_length: int | None = None
+    long: Literal["cut", "drop"] = "cut"
+    holdout: float = 0.05
+    cap: int | None = None
+    max_new_tokens: int | None = None
+    buckets: int = 2
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "nf4", "nf4-double"] | None = None
+    remat: bool = False
+    seed: int = 0
+    lr: float | None = None
+    out: Path = Path("runs/sft")
 
 
 @dataclasses.dataclass
@@ -329,6 +377,7 @@ def compare(args: Compare) -> None:
         watch=_watch,
         say=_say,
         decoding=_decoding(args.decode),
+        pack=args.pack,
         **_prepare(args.base),
     )
     console.print(*found, sep="\n")
@@ -349,11 +398,39 @@ def train(args: Train) -> None:
         watch=_watch,
         say=_say,
         decoding=_decoding(args.decode),
+        pack=args.pack,
         **_prepare(args.base),
     )
+    _say_trained(result, args.out)
+
+
+def sft(args: Sft) -> None:
+    from . import compare as comparison
+    from .tasks import Chats, get_task
+
+    names = [f.name for f in dataclasses.fields(Base)]
+    base = Base(task="sft", **{name: getattr(args, name) for name in names if name in vars(args)})
+    result = comparison.train(
+        base.model,
+        get_task("sft")._replace(chats=Chats(args.holdout, args.cap, args.long)),
+        base.data,
+        method=args.method,
+        rate=args.lr,
+        out=args.out,
+        settings=dataclasses.replace(_settings(args.training), seed=args.seed),
+        watch=_watch,
+        say=_say,
+        pack=args.pack,
+        max_new_tokens=args.max_new_tokens,
+        **_prepare(base),
+    )
+    _say_trained(result, args.out)
+
+
+def _say_trained(result: dict, out: Path) -> None:
     scores = ", ".join(f"{k} {v:.4g}" for k, v in result["scores"].items())
     _say(f"{result['method']}: {scores}; {result['trainable']:,} trained ({100 * result['share']:.3f}%)")
-    _say(f"written: {args.out}/adapter.safetensors, result.json, log.jsonl", style="dim")
+    _say(f"written: {out}/adapter.safetensors, result.json, log.jsonl", style="dim")
 
 
 def evaluate(args: Evaluate) -> None:
@@ -482,6 +559,7 @@ def methods(args: Methods) -> None:
 VERBS: dict[type, Callable] = {
     Compare: compare,
     Train: train,
+    Sft: sft,
     Evaluate: evaluate,
     Score: score,
     LmEval: lm_eval,
@@ -494,6 +572,7 @@ VERBS: dict[type, Callable] = {
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sft, tyro.conf.subcommand("sft")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
@@ -532,6 +611,8 @@ def _settings(t: Training):
 def _prepare(b: Base) -> dict:
     import jax.numpy as jnp
 
+    from . import sft
+
     return {
         "eval_split": b.split,
         "train_limit": b.train_limit,
@@ -543,6 +624,7 @@ def _prepare(b: Base) -> dict:
         "quantize": b.quantize,
         "fresh_head": b.fresh_head,
         "remat": b.remat,
+        **({"chat_template": sft.template(b.template)} if b.template else {}),
     }
 
 

@@ -38,7 +38,7 @@ from .run import (
     short_hash,
     zero_shot,
 )
-from .tasks import get_task
+from .tasks import Chats, Task, get_task
 from .train import NonFinite, Settings
 from .tree import count, flatten, partition
 
@@ -109,12 +109,12 @@ def compare(
     if not any(r["trainable"] for r in results):
         raise ValueError("no method finished with a finite loss; try smaller learning rates with --lr")
     title = f"{Path(model_name).name} on {task}"
-    return report.write(results, problem.task.metrics[0], title, [*_facts(problem, settings, options), *left_out], out)
+    return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
 
 
 def train(
     model_name: str,
-    task: str,
+    task: str | Task,
     source: str | None,
     *,
     method: str,
@@ -133,7 +133,8 @@ def train(
     """
     if len(parse(method)) != 1:
         raise ValueError(f"train takes one method (chain several with +); got {method!r}")
-    get_task(task)
+    if isinstance(task, str):
+        get_task(task)
     out = check_writable(out)
     problem, (entry,) = set_up(model_name, task, source, method, settings.layout, **options)
     problem = _with_head_of_seed(problem, settings.seed)
@@ -288,10 +289,13 @@ def steer(
 
 def _problem_of(adapter, model_name, task, source, seed, say, options) -> Problem:
     """The problem to score an adapter on, or the base."""
-    get_task(task)
+    row = get_task(task)
     header = None if adapter is None else read_header(adapter)
     if header is not None:  # texts as long as when it was trained
         options["max_new_tokens"] = header["extra"].get("config", {}).get("max_new_tokens")
+    if header is not None and row.chats is not None and "chats" in header["extra"]:  # the rows that were held out then
+        task = row._replace(chats=Chats(**header["extra"]["chats"]))
+        options["chat_template"] = options.get("chat_template") or header["extra"]["chat_template"]
     taken = 0 if header is None else header["virtual_tokens"]
     problem = prepare(model_name, task, source, need_train=False, reserve=lambda _: taken, seed=seed, **options)
     labels = None if problem.task.labels is None else [str(x) for x in problem.task.labels]
@@ -318,11 +322,13 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
     how = header["base"].get("quantized")  # what is written is the function that was trained
     model = hub.load(model_name, purpose, labels=labels if purpose == "classification" else None, quantize=how)
     params = load_adapter(adapter, model).params
-    return hub.save(model, params, out, hub.load_tokenizer(model_name), jnp.dtype(param_dtype))
+    tokenizer = hub.load_tokenizer(model_name)
+    tokenizer.chat_template = header["extra"].get("chat_template") or tokenizer.chat_template
+    return hub.save(model, params, out, tokenizer, jnp.dtype(param_dtype))
 
 
 def set_up(
-    model_name: str, task: str, source: str | None, methods: str | None, layout: str = "loop", **options: Any
+    model_name: str, task: str | Task, source: str | None, methods: str | None, layout: str = "loop", **options: Any
 ) -> tuple[Problem, list[Entry]]:
     """The problem, and the methods fitted to its model; each transform is tried on abstract shapes.
 
@@ -389,7 +395,7 @@ def _facts(problem: Problem, s: Settings, options: dict) -> list[str]:
     device = jax.devices()[0]
     where = f"{os.cpu_count()} CPU cores" if device.platform == "cpu" else device.device_kind
     length = f"{s.steps} steps" if s.steps else f"{s.epochs} epochs"
-    scored = len(problem.prompts) or len(problem.scored or problem.dev)
+    scored = (len(problem.prompts) if problem.task.metrics else 0) or len(problem.scored or problem.dev)
     clip = "no clipping" if s.clip is None else f"clipping at {s.clip}"
     split = options.get("eval_split") or problem.task.reported
     return [

@@ -34,6 +34,10 @@ def load_rows(task: Task, source: str | Path | None, split: str) -> list[Row]:
             f"Task {task.name!r} has kind {task.kind!r} and inputs {task.inputs!r}; expected classification, "
             "regression or generation, and a tuple of one or two columns."
         )
+    if task.chats is not None:
+        from . import sft  # here, as it reads by this module
+
+        return sft.rows(task.chats, None if source is None else str(source), split)
     if source is None and task.made is not None:
         return _checked(task, _Source(lambda split: True, _made(task.made)), split)
     found = _hub(task, source) if source is None or not Path(source).is_dir() else _folder(task, Path(source))
@@ -80,12 +84,13 @@ def _folder(task: Task, folder: Path) -> _Source:
                 f"{folder} has no {split} file of task {task.name!r} ({wanted}); it holds: {there}."
             )
         for path in files(split):
-            yield from _read_file(path)
+            yield from read_file(path)
 
     return _Source(lambda split: bool(files(split)), read)
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
+def read_file(path: Path) -> Iterator[tuple[str, Row]]:
+    """The rows of a JSONL or TSV file, each with where it stands."""
     header: list[str] | None = None
     empty = True
     with path.open("rb") as file:  # in bytes a line ends with \n only: no cut at U+2028 and the like
@@ -254,6 +259,7 @@ class Encoded(NamedTuple):
     examples: list[Example]
     truncated: int  # how many were cut to max_length
     longest: int  # in tokens, before the cut
+    notes: tuple[str, ...] = ()  # what else the reader should know
 
 
 def encode(
@@ -281,6 +287,12 @@ def encode(
     if not rows:
         raise ValueError(f"No rows of task {task.name!r} to encode; expected at least one.")
     limit = task.max_length if max_length is None else max_length
+    if task.chats is not None:
+        from . import sft
+
+        if for_encoder:
+            raise ValueError(f"{task.name} is for decoders, which read question and answer as one text")
+        return sft.encode(task.chats, rows, tokenizer, limit, for_generation=for_generation)
     if task.kind == "generation":
         encode_ = _encode_pairs if for_encoder else _encode_texts
         examples, lengths = encode_(task, rows, tokenizer, limit, for_generation)
@@ -518,6 +530,83 @@ def plan(
         target = -(-longest // 8) * 8
         planned += [Planned(int(end), index[i : i + batch_size], target) for i in range(0, len(index), batch_size)]
     return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]
+
+
+def pack(
+    lengths: Sequence[int], row_length: int, *, shuffle_seed: int | None = None, epoch: int = 0
+) -> list[list[int]]:
+    """Texts put together in rows of at most `row_length` tokens: first-fit decreasing.
+
+    The longest text first, each into the first row that has room for it. Texts of one length come in an order drawn by
+    default_rng((seed, epoch)), and then the rows; how many rows there are depends on the lengths alone.
+
+    Returns:
+      The numbers of the texts in each row.
+
+    >>> pack([3, 5, 2, 4], 7)
+    [[1, 2], [3, 0]]
+    """
+    if not len(lengths) or max(lengths) > row_length:
+        raise ValueError(
+            f"Cannot pack {len(lengths)} texts of up to {max(lengths, default=0)} tokens into rows of {row_length}; "
+            "expected texts, and rows as long as the longest."
+        )
+    rng = None if shuffle_seed is None else np.random.default_rng((shuffle_seed, epoch))
+    order = np.arange(len(lengths)) if rng is None else rng.permutation(len(lengths))
+    order = order[np.argsort(-np.asarray(lengths)[order], kind="stable")]
+    room = np.full(len(lengths), row_length)  # of each row; there are no more rows than texts
+    rows: list[list[int]] = []
+    for i in order.tolist():
+        row = int(np.argmax(room[: len(rows) + 1] >= lengths[i]))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        room[row] -= lengths[i]
+    return rows if rng is None else [rows[i] for i in rng.permutation(len(rows))]
+
+
+def make_packed(
+    examples: Sequence[Example], rows: Sequence[Sequence[int]], batch_size: int, row_length: int, *, pad_id: int
+) -> Batch:
+    """Several texts of a causal LM in each row, as numpy arrays of B = `batch_size` rows of T = `row_length` tokens:
+
+    - `input_ids`, `attention_mask`, `loss_mask` (B, T) int32 as in `make_batch`; the first token of a text is never to
+      be predicted, for what is before it is another text;
+    - `segment_ids` (B, T) int32: 1 in a row's first text, 2 in its second, ..., 0 at padding;
+    - `positions` (B, T) int32: from 0 in each text;
+    - `weight` (B,) float32: 1, or 0 in the filler rows that complete a partial batch and repeat the first row.
+    """
+    names = ("input_ids", "segment_ids", "positions", "loss_mask")
+    batch: Batch = {name: np.zeros((batch_size, row_length), np.int32) for name in names}
+    batch["input_ids"][:] = pad_id
+    for i, row in enumerate([*rows, *[rows[0]] * (batch_size - len(rows))]):
+        start = 0
+        for number, which in enumerate(row, 1):
+            ids, mask = examples[which].input_ids, examples[which].loss_mask or [1] * len(examples[which].input_ids)
+            here = slice(start, start + len(ids))
+            batch["input_ids"][i, here], batch["segment_ids"][i, here] = ids, number
+            batch["positions"][i, here] = np.arange(len(ids))
+            batch["loss_mask"][i, here] = [0, *mask[1:]]
+            start += len(ids)
+    batch["loss_mask"][len(rows) :] = 0
+    batch["attention_mask"] = (batch["segment_ids"] > 0).astype(np.int32)
+    batch["weight"] = (np.arange(batch_size) < len(rows)).astype(np.float32)
+    return batch
+
+
+def packed_batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    row_length: int,
+    *,
+    pad_id: int,
+    shuffle_seed: int | None = None,
+    epoch: int = 0,
+) -> Iterator[Batch]:
+    """The batches of one epoch: `make_packed` over `pack`; every epoch has as many."""
+    rows = pack([len(e.input_ids) for e in examples], row_length, shuffle_seed=shuffle_seed, epoch=epoch)
+    for i in range(0, len(rows), batch_size):
+        yield make_packed(examples, rows[i : i + batch_size], batch_size, row_length, pad_id=pad_id)
 
 
 def make_batch(

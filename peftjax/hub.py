@@ -84,10 +84,18 @@ class Model(NamedTuple):
     def forward(self, params: Tree, batch: dict, key: jax.Array | None = None, **kwargs) -> Output:
         """Runs the module on a batch of `input_ids`, `attention_mask`, `type_ids`; a key turns dropout on.
 
-        A decoder beside an encoder takes `decoder_input_ids` and `decoder_attention_mask` too.
+        A decoder beside an encoder takes `decoder_input_ids` and `decoder_attention_mask` too; one without an encoder
+        takes packed texts, `segment_ids` with `positions` (`peftjax.data.make_packed`).
+
+        Raises:
+          ValueError: packed texts for another kind of model, or without positions.
         """
+        if "segment_ids" in batch:
+            check_packable(self.family)
+            if batch.get("positions") is None:
+                raise ValueError("packed texts (segment_ids) need positions that start from 0 for each text; give both")
         inputs = {k: batch.get(k) for k in ("input_ids", "attention_mask", "type_ids", "positions")}
-        inputs |= {k: batch[k] for k in ("decoder_input_ids", "decoder_attention_mask") if k in batch}
+        inputs |= {k: batch[k] for k in ("decoder_input_ids", "decoder_attention_mask", "segment_ids") if k in batch}
         rngs = None if key is None else {"dropout": key}
         return self.module.apply({"params": params}, **inputs, **kwargs, deterministic=key is None, rngs=rngs)
 
@@ -168,6 +176,13 @@ def load(
     if missing:
         params = update(params, _draw(model, missing, seed, param_dtype))
     return model._replace(params=params, fresh=tuple(missing))
+
+
+def check_packable(family: Family) -> None:
+    """Raises unless it is a family of decoders without an encoder."""
+    if family.cache_shape is None or family.start_id is not None:
+        what = "an encoder" if family.cache_shape is None else "an encoder with a decoder"
+        raise ValueError(f"packing is for decoders, such as llama and gpt2; {family.name} is {what}: leave out pack")
 
 
 def task_of(architecture: str) -> str:

@@ -30,6 +30,7 @@ class Problem(NamedTuple):
       tokenizer: transformers' tokenizer of the base.
       task: with its labels filled in.
       train, dev: examples; a generation task's dev examples are for the loss.
+      packed: length of the rows that training texts are packed into, several in each; None: one text a row.
       scored: examples of the split that is reported, if that is not dev (on which the best step is chosen).
       prompts: of a generation task, with references, to be scored on; of multiple choice, with every answer.
       buckets: lengths that training batches are padded to, dev batches too.
@@ -49,6 +50,7 @@ class Problem(NamedTuple):
     notes: tuple[str, ...]
     scored: list[data.Example] | None = None
     decoding: Decoding | None = None
+    packed: int | None = None
 
     @property
     def pad_id(self) -> int:
@@ -57,9 +59,14 @@ class Problem(NamedTuple):
     def epoch(self, number: int, batch_size: int, seed: int) -> Iterator[dict]:
         """The shuffled training batches of an epoch."""
         pad = self.pad_id
+        if self.packed is not None:
+            order = {"shuffle_seed": seed, "epoch": number}
+            return data.packed_batches(self.train, batch_size, self.packed, pad_id=pad, **order)
         return data.batches(self.train, batch_size, self.buckets, pad_id=pad, shuffle_seed=seed, epoch=number)
 
     def steps_per_epoch(self, batch_size: int) -> int:
+        if self.packed is not None:
+            return -(-len(data.pack([len(e.input_ids) for e in self.train], self.packed)) // batch_size)
         return len(data.plan(self.train, batch_size, self.buckets))
 
     def digest(self) -> str:
@@ -85,6 +92,8 @@ def prepare(
     need_train: bool = True,
     max_new_tokens: int | None = None,
     decoding: Decoding | None = None,
+    pack: bool = False,
+    chat_template: str | None = None,
     **load: Any,
 ) -> Problem:
     """Loads a model, its tokenizer and a task's data, and turns the texts into tokens.
@@ -102,6 +111,8 @@ def prepare(
       max_new_tokens: of a generated text; default: the longest completion of the examples read.
       decoding: how texts are generated to be scored; its `max_new_tokens` and `stop` do not count. Default: the most
         likely token, again and again.
+      pack: put several training texts into a row, of as many tokens as a text may have; none sees another.
+      chat_template: of conversations, a Jinja text; default: the tokenizer's own.
       load: passed to `peftjax.hub.load`.
 
     Raises:
@@ -116,6 +127,8 @@ def prepare(
             f"{sorted(CHOICE_METRICS)}; got {task.kind!r} and {task.metrics}"
         )
     eval_split = eval_split or task.reported
+    if pack and task.kind != "generation":
+        raise ValueError(f"packing is for generation tasks; {task.name} is a {task.kind} task: leave out pack")
     limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
     for name, value in limits.items():
         if value is not None and value < 1:
@@ -132,6 +145,10 @@ def prepare(
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
     model = hub.load(model_name, purpose, labels=labels, **load)
     tokenizer = hub.load_tokenizer(model_name)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if pack:
+        hub.check_packable(model.family)
     reserved = reserve(model)
     room = model.max_length - reserved
     special = tokenizer.num_special_tokens_to_add(pair=task.kind != "generation" and len(task.inputs) > 1)
@@ -154,6 +171,7 @@ def prepare(
             encoded = data.encode(task, rows, tokenizer, task.labels, most, **kwargs)
         if encoded.truncated:
             notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {most} tokens")
+        notes.extend(f"{what} texts: {note}" for note in encoded.notes)
         _check_ids(encoded.examples, model, model_name)
         if "type_vocab_size" not in model.config._fields:  # some tokenizers give token types to models without
             return [e._replace(type_ids=None) for e in encoded.examples]
@@ -166,7 +184,8 @@ def prepare(
     if task.choices is not None:
         prompts = encode(eval_rows, "prompt", how=data.encode_choices)
     elif task.kind == "generation":
-        new_tokens = max_new_tokens or max(len(e.target_ids or ()) or sum(e.loss_mask or []) for e in train or dev)
+        longest = max(len(e.target_ids or ()) or sum(e.loss_mask or []) for e in train or dev)
+        new_tokens = max_new_tokens or (longest if task.new_tokens is None else min(task.new_tokens, room // 2))
         if new_tokens >= room:
             raise ValueError(
                 f"{new_tokens} new tokens leave no room for a prompt in the {room} positions; "
@@ -178,7 +197,32 @@ def prepare(
             notes.append(f"the first {limit_} {what} only")
     lengths = [len(e.input_ids) for e in [*train, *dev, *(scored or [])]]
     buckets = data.bucket_lengths(lengths, max_buckets, limit=limit)
-    return Problem(model, tokenizer, task, train, dev, prompts, buckets, new_tokens, tuple(notes), scored, decoding)
+    if pack and train:
+        notes.append(_padding(train, buckets, limit))
+    return Problem(
+        model=model,
+        tokenizer=tokenizer,
+        task=task,
+        train=train,
+        dev=dev,
+        prompts=prompts,
+        buckets=buckets,
+        max_new_tokens=new_tokens,
+        notes=tuple(notes),
+        scored=scored,
+        decoding=decoding,
+        packed=limit if pack else None,
+    )
+
+
+def _padding(train: list[data.Example], buckets: tuple[int, ...], row_length: int) -> str:
+    lengths = [len(e.input_ids) for e in train]
+    rows, alone = len(data.pack(lengths, row_length)), sum(min(b for b in buckets if b >= n) for n in lengths)
+    packed, unpacked = (1 - sum(lengths) / cells for cells in (rows * row_length, alone))
+    return (
+        f"{len(train)} training texts packed into {rows} rows of {row_length} tokens: {packed:.1%} of them padding, "
+        f"{unpacked:.1%} with one text a row"
+    )
 
 
 def _check_ids(examples: list[data.Example], model: Model, name: str) -> None:

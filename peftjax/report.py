@@ -168,7 +168,8 @@ def plots(rows: Sequence[dict], results: Sequence[dict], metric: str, title: str
     shown = [(h, k if k != "-" else "reference") for h, k in zip(handles, COLOURS, strict=True) if k in there]
     if len(shown) > 1:
         ax.legend(*zip(*shown, strict=True), frameon=False, loc="best", fontsize=10)
-    ax.set(xscale="log", xlabel="trained parameters", ylabel=f"{metric} (%)", title=title)
+    label = metric if metric == "loss" else f"{metric} (%)"
+    ax.set(xscale="log", xlabel="trained parameters", ylabel=label, title=title)
     ax.margins(x=0.15, y=0.15)
     ax.grid(alpha=0.3)
     fig.savefig(folder / "pareto.png", dpi=150)

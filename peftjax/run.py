@@ -18,7 +18,7 @@ import jax
 
 from .checkpoint import save_adapter, write_atomically
 from .hub import BUNDLED, Model, fingerprint
-from .methods import METHODS, Method, build, chain, default_rate, head, parse, with_text_ids
+from .methods import METHODS, TABLE, Method, build, chain, default_rate, head, parse, with_text_ids
 from .problem import Evaluator, Problem, objective
 from .quantize import quantized_as
 from .train import Settings, fit
@@ -48,7 +48,7 @@ def named(which: str | None, *, is_classifier: bool) -> str:
     """
     if which not in (None, "all"):
         return which
-    chosen = SELECTION if which is None else METHODS
+    chosen = SELECTION if which is None else [m for m in METHODS if TABLE[m].rate < float("inf")]
     return ", ".join([*(m for m in chosen if m != "full" and (m != "head" or is_classifier)), "full"])
 
 
@@ -123,6 +123,8 @@ def configuration(problem: Problem, method: Method | None, settings: Settings | 
         config["quantize"] = how
     if problem.decoding is not None:
         config["decoding"] = {k: v for k, v in problem.decoding._asdict().items() if k in CHOICES}
+    if problem.packed is not None:
+        config["packed"] = problem.packed
     return json.loads(json.dumps(config))  # as `config.json` gives it back
 
 
@@ -157,12 +159,13 @@ def run(
     if done is not None:
         return done
     model = problem.model
-    batches = problem.epoch(0, settings.batch_size, settings.seed)  # lazy, and the same when a run is resumed
+    alone = problem._replace(packed=None)  # what looks at examples wants one a row
+    batches = alone.epoch(0, settings.batch_size, settings.seed)  # lazy, and the same when a run is resumed
     method = entry.method.observed(objective(problem), model.params, model.sites, batches)
     params = method.init(jax.random.key(settings.seed), model.params, model.sites)
     evaluator = evaluator or Evaluator(problem)
     generation = problem.task.kind == "generation"
-    headline = problem.task.metrics[0]
+    headline = problem.task.headline
 
     def better(new, old):
         return new["loss"] < old["loss"] if generation else new[headline] > old[headline]
@@ -193,6 +196,8 @@ def run(
         "scores": scores,
         "config": config,
     }
+    if problem.task.chats is not None:
+        extra |= {"chats": problem.task.chats._asdict(), "chat_template": problem.tokenizer.chat_template}
     size = save_adapter(folder / "adapter.safetensors", model, method, fitted.params, extra)
     result = {
         "method": entry.name,

@@ -36,6 +36,20 @@ class Hub(NamedTuple):
     revision: str | None = None  # "refs/convert/parquet" where main is a script, which datasets 4 refuses
 
 
+class Chats(NamedTuple):
+    """How `peftjax.sft` reads conversations.
+
+    Attributes:
+      holdout: share of the rows of each file that is held out for the loss.
+      cap: at most so many rows of each file, drawn with a fixed seed.
+      long: what becomes of a conversation of too many tokens: 'cut' at its end, or 'drop'.
+    """
+
+    holdout: float = 0.05
+    cap: int | None = None
+    long: Literal["cut", "drop"] = "cut"
+
+
 class Task(NamedTuple):
     """What `peftjax.data` and `peftjax.metrics` need to know about a data set.
 
@@ -81,6 +95,13 @@ class Task(NamedTuple):
     reported: Literal["dev", "test"] = "dev"  # the split of a table, unless another is asked for
     # Multiple choice: a generation task scored by the likelihood of each answer, of which the target is one.
     choices: Callable[[Mapping[str, Any]], list[str]] | None = None
+    chats: Chats | None = None  # rows are conversations, read and encoded by `peftjax.sft`
+    new_tokens: int | None = None  # of a generated text, at most half the room; None: the longest completion
+
+    @property
+    def headline(self) -> str:
+        """The score that a table is about."""
+        return self.metrics[0] if self.metrics else "loss"
 
 
 def e2e_fields(mr: str) -> list[tuple[str, str]]:
@@ -253,6 +274,15 @@ _ROWS = (
         reported="test",
     ),
     *map(_commonsense, _COMMONSENSE),
+        name="sft",
+        kind="generation",
+        inputs=("prompt",),
+        target="answer",
+        metrics=(),
+        chats=Chats(),
+        max_length=1024,
+        new_tokens=64,
+    ),
 )
 
 TASKS: dict[str, Task] = {row.name: row for row in _ROWS}

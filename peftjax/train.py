@@ -19,7 +19,7 @@ import optax
 
 from .checkpoint import StateFolder, write_atomically
 from .layout import stack_layers
-from .methods import Method
+from .methods import Method, chain
 from .tree import Tree, cast, combine, count, distinct, map_with_path, partition
 from .weights import map_nodes
 
@@ -202,7 +202,7 @@ def start(method: Method, params: Tree, tx: Any, layout: str = "loop") -> tuple[
     the base's own arrays.
     """
     params = stack_layers(params) if layout == "scan" else params
-    trainable, frozen = partition(params, method.trainable(params))
+    trainable, frozen = partition(params, chain(method).trainable(params))  # a chain refuses to train nothing
     trainable = jax.tree.map(lambda x: jnp.array(x, copy=True), cast(trainable, jnp.float32))
     state = TrainState(jnp.int32(0), trainable, tx.init(trainable), jnp.bool_(True))
     return state, frozen

@@ -30,6 +30,7 @@ from peftjax.methods import (
     lora_fa,
     lora_plus,
     mam,
+    neftune,
     norm_tuning,
     olora,
     p_tuning,
@@ -230,6 +231,11 @@ CASES = {
     ),
     "lora": Case(
         lora(rank=3, alpha=5),
+        r".*/(query|value|q_proj|v_proj)(/kernel)?/[ab]",
+        lambda s, n: _lora_count(3, (D, D), (D, s.kv)),
+    ),
+    "lora+neftune": Case(
+        chain(lora(rank=3), neftune()),
         r".*/(query|value|q_proj|v_proj)(/kernel)?/[ab]",
         lambda s, n: _lora_count(3, (D, D), (D, s.kv)),
     ),
@@ -479,6 +485,7 @@ T5 = {  # where three times as many attention modules as layers, or other names,
         lambda s, n: 3 * 6 * LAYERS * T5_INNER + _t5_count(2, T5_IN),
     ),
     "lora over lora": (r".*/q/kernel/(base/)?[ab]", lambda s, n: _t5_count(5, T5_IN)),
+    "lora+neftune": (T5_QV + "[ab]", lambda s, n: _t5_count(3, T5_IN, T5_IN)),
     "lora_plus": (T5_QV + "[ab]", lambda s, n: _t5_count(3, T5_IN, T5_IN)),
     "lora_fa": (T5_QV + "b", lambda s, n: 3 * LAYERS * 3 * 2 * T5_INNER),
     "lora+lora_fa": (
@@ -535,7 +542,7 @@ CORE = ("full", "bitfit", "lora", "dora", "fishmask+head", "adapter", "prefix", 
 VARIANTS = [  # of a method that has another row
     *("bitfit-subset", "fishmask-random", "lora-patterns", "rslora-dropout", "lora+lora_fa", "pissa-everywhere"),
     *("vera-wider", "dora-everywhere", "adalora+lora+head", "dylora-frozen", "prefix-mlp", "prefix+lora"),
-    *("prompt-ids", "p_tuning-mlp", "adapter-dropped", "ia3-others", "trainable_tokens-frequent"),
+    *("lora+neftune", "prompt-ids", "p_tuning-mlp", "adapter-dropped", "ia3-others", "trainable_tokens-frequent"),
 ]
 
 

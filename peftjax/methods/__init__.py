@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from .lora import lora as lora
 from .lora_fa import lora_fa as lora_fa
 from .lora_plus import lora_plus as lora_plus
 from .mam import mam as mam
+from .neftune import neftune as neftune
 from .norm_tuning import norm_tuning as norm_tuning
 from .p_tuning import p_tuning as p_tuning
 from .pissa import as_lora as as_lora, olora as olora, pissa as pissa
@@ -48,7 +50,8 @@ class Row(NamedTuple):
       acts: where.
       merges: whether the result can be written as plain weights of the base.
       rate: the default learning rate at width 768; it is taken times 768 / width, as matrices under Adam want it
-        (Yang et al. 2022, arXiv:2203.03466, table 3), and as biases and prefixes of bases 64 and 128 wide did too.
+        (Yang et al. 2022, arXiv:2203.03466, table 3), and as biases and prefixes of bases 64 and 128 wide did too; inf
+        where nothing trains.
       paper: where it is defined.
     """
 
@@ -110,6 +113,7 @@ TABLE: dict[str, Row] = {
     "child_tuning": Row(
         child_tuning, "selective", "all, a drawn share a step", "everywhere", True, 5e-5, "arXiv:2109.05687"
     ),
+    "neftune": Row(neftune, "-", "nothing; chain it", "embedded tokens, noise", True, math.inf, "arXiv:2310.05914"),
 }
 METHODS: dict[str, Callable[..., Method]] = {name: row.factory for name, row in TABLE.items()}
 
@@ -121,7 +125,8 @@ def cells(name: str) -> list[str]:
     """A method's line of the table, under `HEADER`; the file is the one in `peftjax/methods` that defines it."""
     r = TABLE[name]
     file = r.factory.__module__.rpartition(".")[2] + ".py"
-    return [name, r.kind, r.trains, r.acts, "yes" if r.merges else "no", f"{r.rate:g}", r.paper, file]
+    rate = f"{r.rate:g}" if math.isfinite(r.rate) else "-"
+    return [name, r.kind, r.trains, r.acts, "yes" if r.merges else "no", rate, r.paper, file]
 
 
 # No method, as it rewrites no tree: a way to decode, with a command of its own.

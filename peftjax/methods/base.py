@@ -213,10 +213,19 @@ def chain(*methods: Method) -> Method:
     def plan(total):
         return chain(*(m.planned(total) for m in methods)).optimizer
 
+    def trainable(params):
+        mask = masks.any_of(*(m.trainable for m in methods))(params)
+        if not any(jax.tree.leaves(mask)):
+            names = "+".join(name for m in methods for name, _ in m.spec)
+            raise ValueError(
+                f"{names} trains nothing by itself; chain it with a method that does, such as lora+{names}"
+            )
+        return mask
+
     return Method(
         spec=sum((m.spec for m in methods), ()),
         init=init,
-        trainable=masks.any_of(*(m.trainable for m in methods)),
+        trainable=trainable,
         saved=masks.any_of(*(m.saved for m in methods)),
         resolve=resolve,
         optimizer=optimizer,

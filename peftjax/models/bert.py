@@ -34,14 +34,14 @@ class Embeddings(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, input_ids, type_ids, before, deterministic):
+    def __call__(self, input_ids, mask, type_ids, before, deterministic):
         """`before`: word embeddings -> (the same with virtual tokens of type 0 before them, positions)."""
         c = self.config
 
         def table(rows, name):
             return Embed(rows, c.hidden_size, self.dtype, c.initializer_range, name=name)
 
-        x, positions = before(table(c.vocab_size, "word_embeddings")(input_ids))
+        x, positions = before(table(c.vocab_size, "word_embeddings")(input_ids, mask))
         type_ids = jnp.pad(type_ids, ((0, 0), (x.shape[1] - type_ids.shape[1], 0)))
         x = x + table(c.type_vocab_size, "token_type_embeddings")(type_ids)
         x = x + table(c.max_position_embeddings, "position_embeddings")(positions)
@@ -160,7 +160,7 @@ class Base(nn.Module):
             positions = positions + shift
             return x, positions
 
-        x = Embeddings(c, self.dtype, name="embeddings")(input_ids, type_ids, before, deterministic)
+        x = Embeddings(c, self.dtype, name="embeddings")(input_ids, attention_mask, type_ids, before, deterministic)
         context = Context(mask[:, None, None, :].astype(bool), positions, deterministic=deterministic)
         x = Encoder(c, self.remat, name="encoder")(x, context)[:, n:]
         return x, Pooler(c, name="pooler")(x)

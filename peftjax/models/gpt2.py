@@ -109,9 +109,9 @@ class Base(nn.Module):
         self.wpe = Embed(c.n_positions, c.n_embd, self.dtype, c.initializer_range)
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, positions, cache, deterministic, continued):
+    def __call__(self, input_ids, attention_mask, positions, cache, deterministic, continued, segments):
         c = self.config
-        x = self.wte(input_ids)
+        x = self.wte(input_ids, attention_mask if segments is None else segments)
         x, attention_mask, positions, n = begin(self, x, attention_mask, positions, cache, continued=continued)
         shift = hook(self, "shift", 0, x=input_ids, context=None)
         length = x.shape[1] if cache is None else cache.valid.shape[1]
@@ -119,7 +119,7 @@ class Base(nn.Module):
             after = f" after {n + shift} virtual ones" if n + shift else ""
             raise ValueError(f"{length - n} tokens{after} are more than the {c.n_positions} positions of this model")
         positions = positions + shift
-        context, cache = causal_context(attention_mask, positions, cache, deterministic)
+        context, cache = causal_context(attention_mask, positions, cache, deterministic, segments)
         x = x + self.wpe(positions)
         x = nn.Dropout(c.embd_pdrop)(x, deterministic=deterministic)
 
@@ -162,6 +162,7 @@ class GPT2(nn.Module):
         deterministic=True,
         last_only=False,
         continued=False,
+        segment_ids=None,
     ):
         """Token ids (batch, length) -> `Output`.
 
@@ -172,6 +173,8 @@ class GPT2(nn.Module):
           cache: keys and values of the tokens before these.
           last_only: a language model's logits of the last position only, (batch, 1, vocabulary).
           continued: the tokens continue a text whose beginning, virtual tokens included, is in the cache.
+          segment_ids: (batch, length) of packed texts: 1, 2, ... by text and 0 at padding; a token looks at its own
+            text only. Give the positions too, from 0 for each text.
 
         Raises:
           ValueError: more tokens, virtual ones included, than positions.
@@ -181,7 +184,7 @@ class GPT2(nn.Module):
         c = self.config
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         base = Base(c, self.dtype, self.remat, name="transformer")
-        hidden, cache = base(input_ids, mask, positions, cache, deterministic, continued)
+        hidden, cache = base(input_ids, mask, positions, cache, deterministic, continued, segment_ids)
         logits = None
         if self.head == "causal-lm":
             hidden = hidden[:, -1:] if last_only else hidden

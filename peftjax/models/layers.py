@@ -13,7 +13,10 @@ is added if there is one, a hook runs if and only if its node is there. Hook poi
 | attention | `prefix` | y = (keys, values), x = the module's input |
 | model | `shift` | y = positions, x = token ids |
 | model | `prompt` | y = (embedded text, mask, positions), x = None; see `begin` |
-| Embed | `output` | y = the looked-up rows, x = ids |
+| Embed | `output` | y = the looked-up rows, x = ids, context = each token's text, see below |
+
+A table of words tells its hook which text each token is of: (batch, length) of 1, of 1, 2, ... in packed rows, and of 0
+at padding.
 """
 
 from collections.abc import Callable
@@ -275,13 +278,40 @@ def gather_rows(cache: Cache, rows: jax.Array) -> Cache:
 
 
 def causal_context(
-    attention_mask: jax.Array, positions: jax.Array, cache: Cache | None, deterministic: bool
+    attention_mask: jax.Array,
+    positions: jax.Array,
+    cache: Cache | None,
+    deterministic: bool,
+    segments: jax.Array | None = None,
 ) -> tuple[Context, Cache | None]:
-    """A decoder's context for new tokens, (batch, length) of 0 and 1, and the cache with room for them, if any."""
+    """A decoder's context for new tokens, (batch, length) of 0 and 1, and the cache with room for them, if any.
+
+    Args:
+      segments: (batch, text length), of packed texts: the number of each token's text, 0 at padding. A token looks at
+        its own text, and at the virtual tokens that stand before the row.
+
+    Raises:
+      ValueError: packed texts and a cache.
+    """
+    if segments is not None and cache is not None:
+        raise ValueError("packed texts (segment_ids) are for training, and a cache holds one text a row; leave one out")
     if cache is None:
-        return Context(causal_mask(attention_mask), positions, None, deterministic), None
+        mask = causal_mask(attention_mask)
+        if segments is not None:
+            mask &= _same_text(segments, attention_mask.shape[1])
+        return Context(mask, positions, None, deterministic), None
     extended, mask = extend_cache(cache, attention_mask)
     return Context(mask, positions, cache.index, deterministic), extended
+
+
+def _same_text(segments: jax.Array, length: int) -> jax.Array:
+    """(batch, text length) -> (batch, 1, length, length); 0, of virtual tokens and padding, goes with any text.
+
+    Padding as a key is left to the attention mask; as a query it looks somewhere, lest a softmax be over nothing.
+    """
+    all_ = jnp.pad(segments, ((0, 0), (length - segments.shape[1], 0)))
+    queries, keys = all_[:, None, :, None], all_[:, None, None, :]
+    return (queries == keys) | (keys == 0) | (queries == 0)
 
 
 def begin(

@@ -112,12 +112,12 @@ class Base(nn.Module):
         self.embed_tokens = Embed(c.vocab_size, c.hidden_size, self.dtype, c.initializer_range)
 
     @nn.compact
-    def __call__(self, input_ids, attention_mask, positions, cache, deterministic, continued):
+    def __call__(self, input_ids, attention_mask, positions, cache, deterministic, continued, segments):
         c = self.config
-        x = self.embed_tokens(input_ids)
+        x = self.embed_tokens(input_ids, attention_mask if segments is None else segments)
         x, attention_mask, positions, n = begin(self, x, attention_mask, positions, cache, continued=continued)
         positions = hook(self, "shift", positions, x=input_ids, context=None)
-        context, cache = causal_context(attention_mask, positions, cache, deterministic)
+        context, cache = causal_context(attention_mask, positions, cache, deterministic, segments)
         angles = rope_angles(c.rope_parameters, c.head_dim, c.max_position_embeddings, positions)
 
         def block(name):
@@ -160,6 +160,7 @@ class Llama(nn.Module):
         deterministic=True,
         last_only=False,
         continued=False,
+        segment_ids=None,
     ):
         """Token ids (batch, length) -> `Output`.
 
@@ -170,13 +171,15 @@ class Llama(nn.Module):
           cache: keys and values of the tokens before these.
           last_only: a language model's logits of the last position only, (batch, 1, vocabulary).
           continued: the tokens continue a text whose beginning, virtual tokens included, is in the cache.
+          segment_ids: (batch, length) of packed texts: 1, 2, ... by text and 0 at padding; a token looks at its own
+            text only. Give the positions too, from 0 for each text.
         """
         if type_ids is not None:
             raise ValueError("Llama has no token types; leave type_ids out")
         c = self.config
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         base = Base(c, self.dtype, self.remat, name="model")
-        hidden, cache = base(input_ids, mask, positions, cache, deterministic, continued)
+        hidden, cache = base(input_ids, mask, positions, cache, deterministic, continued, segment_ids)
         logits = None
         if self.head == "causal-lm":
             hidden = hidden[:, -1:] if last_only else hidden

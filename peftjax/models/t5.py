@@ -225,7 +225,7 @@ class Base(nn.Module):
 
     def encode(self, ids, mask, deterministic):
         """-> the states, and the mask of those that may be looked at."""
-        x, mask, positions, _ = begin(self, self.shared(ids), mask, None)
+        x, mask, positions, _ = begin(self, self.shared(ids, mask), mask, None)
         context = Context(mask[:, None, None].astype(bool), positions, deterministic=deterministic)
         return self.encoder(x, None, context)[0], mask.astype(bool)
 
@@ -233,7 +233,7 @@ class Base(nn.Module):
         positions = jnp.arange(ids.shape[1])[None] + (0 if cache is None else cache.index)
         context, cache = causal_context(mask, positions, cache, deterministic)
         layers = None if cache is None else cache.layers
-        x = self.shared(ids, context)
+        x = self.shared(ids, mask)
         x, layers = self.decoder(x, layers, context, memory, source[:, None, None])
         return x, None if cache is None else cache._replace(layers=layers, source=source)
 
