@@ -80,12 +80,12 @@ def _folder(task: Task, folder: Path) -> _Source:
                 f"{folder} has no {split} file of task {task.name!r} ({wanted}); it holds: {there}."
             )
         for path in files(split):
-            yield from _read_file(path)
+            yield from read_file(path)
 
     return _Source(lambda split: bool(files(split)), read)
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, Row]]:
+def read_file(path: Path) -> Iterator[tuple[str, Row]]:
     header: list[str] | None = None
     empty = True
     with path.open("rb") as file:  # in bytes a line ends with \n only: no cut at U+2028 and the like

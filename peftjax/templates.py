@@ -1,4 +1,4 @@
-"""Templates: how a row of a data set reads as an instruction and its answer (Jinja); those of here: `templates.yaml`."""
+"""Templates: how a row of a data set reads as an instruction and its answer (Jinja); `templates.yaml` holds them."""
 
 import functools
 import re
@@ -73,7 +73,7 @@ def _variables(template: Template, row: Mapping[str, Any]) -> dict[str, Any]:
         out[column] = words.get(str(value), value)
     sources = [s for s in (template.input, template.target, template.choices) if s is not None]
     wanted = set().union(*(_names(template.name, s) for s in sources))
-    for column, source in reversed(template.columns.items()):
+    for column, source in reversed(list(template.columns.items())):
         if column in wanted:
             wanted |= _names(template.name, f"{{{{ {source} }}}}")
     for column, source in template.columns.items():
