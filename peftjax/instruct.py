@@ -177,7 +177,7 @@ def _draw(source: Source, rng: np.random.Generator) -> Iterator[dict]:
             found = False
             for i in rng.permutation(len(source.rows)).tolist():
                 first = next(turn)
-                for form in (forms[(first + k) % len(forms)] for k in range(len(forms))):
+                for form in (forms[k] for k in _turns(first % len(forms), len(forms), rng)):
                     if form[0] in had[i]:
                         continue
                     had[i].add(form[0])
@@ -189,6 +189,11 @@ def _draw(source: Source, rng: np.random.Generator) -> Iterator[dict]:
                         break
         if nothing:
             raise ValueError(f"task {source.name!r}: no template gives an input and a target for any of its rows")
+
+
+def _turns(first: int, n: int, rng: np.random.Generator) -> Iterator[int]:
+    yield first
+    yield from rng.permutation(n).tolist()  # where it does not apply, any other
 
 
 def _words(source: Source, i: int, form: tuple[str | None, Callable[[Row], Words | None]]) -> Words | None:

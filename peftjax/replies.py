@@ -1,5 +1,6 @@
 """Who answers a prompt (an endpoint, or a model here), and the log that makes a run of many prompts resumable."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -230,19 +231,19 @@ def _parse(content: bytes) -> Reply:
     try:
         answer = json.loads(content)
         choice, usage = answer["choices"][0], answer.get("usage") or {}
-        text = choice["message"]["content"]
+        text = choice["message"]["content"] or ""
+        text = text.encode(errors="replace").decode()  # half a surrogate pair would fit into no file
         counts = [int(usage.get(k) or 0) for k in ("prompt_tokens", "completion_tokens")]
         finish = "length" if choice.get("finish_reason") == "length" else "stop"
-        return Reply("" if text is None else str(text), finish, *counts, time=int(answer.get("created") or 0))
+        at = int(answer.get("created") or 0)
+        return Reply(text, finish, *counts, time=at if 0 < at < 2**33 else 0)  # some count milliseconds
     except (ValueError, TypeError, KeyError, IndexError, AttributeError):
         return Reply("", "malformed")
 
 
 def _message(text: str, key: str) -> str:
-    try:
+    with contextlib.suppress(ValueError, TypeError, KeyError):
         text = json.loads(text)["error"]["message"]
-    except (ValueError, TypeError, KeyError):
-        pass
     text = " ".join(str(text).split())
     return (text.replace(key, "[key]") if key else text)[:200] or "nothing"
 

@@ -104,7 +104,7 @@ def run(
     seeds: Sequence[Seed],
     generate: Generator,
     model: str,
-    settings: Settings = Settings(),
+    settings: Settings | None = None,
     *,
     parallel: int = 1,
     max_requests: int | None = None,
@@ -129,7 +129,7 @@ def run(
     Raises:
       ValueError: settings out of range; the generator's errors; no usable instruction in many replies.
     """
-    s = settings
+    s = settings or Settings()
     if s.number < 1 or s.instances < 1 or not 0 < s.novelty <= 1 or s.human < 1 or s.machine < 0 or parallel < 1:
         raise ValueError(
             "number, instances, human and parallel must be at least 1, machine at least 0, and novelty in (0, 1]; "
@@ -144,7 +144,7 @@ def run(
         _examples(log, seeds, s, tasks, lines, counts, say)
     except (ValueError, KeyboardInterrupt) as e:
         what = f"{e or 'interrupted'}; what there is so far is in {out}: give the same command again to go on"
-        raise type(e)(what) from None
+        raise (ValueError(what) if isinstance(e, ValueError) else KeyboardInterrupt(what)) from None
     finally:
         found = Found(lines, _statistics(log, tasks, lines, counts, prices))
         for name, rows in (("instructions", [t._asdict() for t in tasks]), ("examples", lines)):
@@ -177,9 +177,8 @@ def _instructions(
             both = [both[j] for j in rng.permutation(len(both))]
             shown.append(tuple(x.id for x in both))
             params = Params(s.max_tokens, s.temperature, s.top_p, seed=_seed(s, f"instruction {step + i}"))
-            requests.append(
-                Request(f"instruction {step + i}", _ask_instructions([x.instruction for x in both]), params)
-            )
+            prompt = _ask_instructions([x.instruction for x in both])
+            requests.append(Request(f"instruction {step + i}", prompt, params))
         before = len(tasks)
         for request, ids, reply in zip(requests, shown, log.ask(requests), strict=True):
             if reply is None:
@@ -194,7 +193,9 @@ def _instructions(
                     reason = "like another" if rouge >= s.novelty else None
                 if reason is not None:
                     counts[reason] += 1
-                elif len(tasks) < s.number:
+                elif len(tasks) == s.number:
+                    counts["more than wanted"] += 1
+                else:
                     novel.add(text)
                     tasks.append(Task(f"machine_{len(tasks)}", text, ids, round(rouge, 4), request.id(log.model)))
         step += ROUND
@@ -306,31 +307,25 @@ def _examples(
     heads = {kind: _head(seeds, s, kind) for kind in (False, True)}
     for at in range(0, len(tasks), CHUNK):
         part = tasks[at : at + CHUNK]
-        asked = [
-            Request(
-                f"classification {t.id}", f"{question}Task: {t.instruction}\nClassification:", Params(8, stop=("\n",))
-            )
-            for t in part
-        ]
-        answers = list(zip(part, asked, log.ask(asked), strict=True))
-        kinds = [(t, r.id(log.model), _yes(reply, counts["classification"])) for t, r, reply in answers if reply]
-        asked = [
-            Request(
-                f"instances {t.id}", f"{heads[kind]}Task: {t.instruction}\n", Params(s.max_tokens, stop=("\nTask:",))
-            )
-            for t, _, kind in kinds
-        ]
-        for (t, before, kind), request, reply in zip(kinds, asked, log.ask(asked), strict=True):
+        asked = [_request("classification", t, f"{question}Task: {t.instruction}\nClassification:", 8) for t in part]
+        replies = zip(part, asked, log.ask(asked), strict=True)
+        found = [(t, r.id(log.model), _yes(x, counts["classification"])) for t, r, x in replies if x is not None]
+        asked = [_request("instances", t, f"{heads[k]}Task: {t.instruction}\n", s.max_tokens) for t, _, k in found]
+        for (t, before, kind), request, reply in zip(found, asked, log.ask(asked), strict=True):
             if reply is None:
                 continue
-            found, problem = (labelled if kind else paired)(reply)
+            parsed, problem = (labelled if kind else paired)(reply)
             counts["instances"].update([problem] if problem else [])
             source = {"model": log.model, "task": t.id, "shown": list(t.shown), "rouge_l": t.rouge_l}
             source |= {"classification": kind, "requests": [t.request, before, request.id(log.model)]}
             source["time"] = datetime.fromtimestamp(reply.time, UTC).isoformat()
-            for x in clean(found[: s.instances], counts["instances"]):
+            for x in clean(parsed[: s.instances], counts["instances"]):
                 lines.append({"instruction": t.instruction, **x, "source": source})
         say(f"{len(lines)} examples of {at + len(part)} instructions")
+
+
+def _request(step: str, task: Task, prompt: str, max_tokens: int) -> Request:
+    return Request(f"{step} {task.id}", prompt, Params(max_tokens, stop=("\nTask:",)))
 
 
 def _question(seeds: Sequence[Seed], s: Settings) -> str:
