@@ -371,7 +371,7 @@ def _from_templates(a: FromTemplates) -> None:
 
 
 def _from_model(a: FromModel) -> None:
-    from . import hub, replies, self_instruct
+    from . import replies, self_instruct
 
     if (a.llm is None) == (a.model is None):
         raise ValueError("give either --llm NAME, of a model at an endpoint, or --model FOLDER, for one here")
@@ -380,6 +380,8 @@ def _from_model(a: FromModel) -> None:
         patience = {"attempts": a.attempts, "backoff": a.backoff, "longest_wait": a.longest_wait}
         generate = replies.endpoint(a.llm, a.base_url, key_env=a.key_env, timeout=a.timeout, **patience)
     else:
+        from . import hub
+
         model = hub.load(str(a.model), "generation")
         generate = replies.local(model, model.params, hub.load_tokenizer(str(a.model)))
     settings = self_instruct.Settings(

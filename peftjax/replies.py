@@ -237,7 +237,7 @@ def _parse(content: bytes) -> Reply:
         finish = "length" if choice.get("finish_reason") == "length" else "stop"
         at = int(answer.get("created") or 0)
         return Reply(text, finish, *counts, time=at if 0 < at < 2**33 else 0)  # some count milliseconds
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
         return Reply("", "malformed")
 
 
