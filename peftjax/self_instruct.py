@@ -213,7 +213,7 @@ def _ask_instructions(shown: Sequence[str]) -> str:
     return (
         "People ask a helpful writing assistant for many kinds of things. The list below shows some. Add new ones of "
         f"other kinds, up to number {last}: a line each, numbered, nothing else. Each must be possible to do in "
-        f"writing alone, and clear to somebody who reads only that line.\n\n{listed}{first}."
+        f"writing alone; it may speak of a text that will be given with it.\n\n{listed}{first}."
     )
 
 
@@ -355,13 +355,13 @@ def _head(seeds: Sequence[Seed], s: Settings, classification: bool) -> str:
     if classification:
         head = (
             f"Make up examples for tasks that are answered by a label: {s.instances} of them, each of another label if "
-            "there are enough. First the label, then an input that has it; nothing else.\n\n"
+            "there are enough. Each is three lines: Example and its number, Label, and Input, which has that label. Write nothing else.\n\n"
         )
         one = "Example {}\nLabel: {x.output}\nInput: {x.input}\n"
     else:
         head = (
-            f"Make up {s.instances} examples for a task, each an input and the right output for it. A task that needs "
-            "no input has one example, whose input is none. Write nothing else.\n\n"
+            f"Make up {s.instances} examples for a task. Each is three lines: Example and its number, Input, and the right "
+            "Output for it. A task that needs no input has one example, whose input is none. Write nothing else.\n\n"
         )
         one = "Example {}\nInput: {x.input}\nOutput: {x.output}\n"
     for seed in shown:

@@ -10,6 +10,8 @@ import sys
 import threading
 import time
 from collections import Counter
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import jax
@@ -340,6 +342,7 @@ class Endpoint:
     def __init__(self, delay=0.0, trouble=True):
         endpoint, self.trouble, self.delay = self, trouble, delay
         self.seen, self.answered, self.statuses = Counter(), Counter(), Counter()
+        self.told_to_wait, self.waited = {}, []
         self.lock = threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -370,6 +373,10 @@ class Endpoint:
             kind, (200, {})
         )
         with self.lock:
+            if status == 429:
+                self.told_to_wait[prompt] = time.monotonic()
+            elif prompt in self.told_to_wait:
+                self.waited.append(time.monotonic() - self.told_to_wait[prompt])
             self.statuses["slow" if kind == 12 else "cut" if kind == 16 else status] += 1
         if kind == 12:
             time.sleep(2.3)
@@ -465,6 +472,7 @@ def test_a_run_that_is_killed_loses_nothing_and_asks_nothing_again(tmp_path, see
     status, printed, err = call(*arguments(seeds, whole, endpoint.url, "--parallel", "8"))
     assert status == 0, err
     assert min(endpoint.statuses[k] for k in (429, 500, 503, "slow", "cut")) >= 1, endpoint.statuses
+    assert min(endpoint.waited) >= 0.19, "Retry-After was 0.2, the back-off is 0.02"
     assert max(endpoint.answered.values()) == 1
     statistics = json.loads((whole / "statistics.json").read_text())
     assert statistics["requests"] == len(endpoint.answered) == len(lines_of(whole / "replies.jsonl"))
@@ -564,7 +572,7 @@ def test_the_limit_of_requests(tmp_path, seeds, serve, call):
 @pytest.mark.parametrize("status", [401, 404, 429, 500, "slow", "refused", "patience"])
 def test_an_endpoint_that_refuses(tmp_path, seeds, serve, call, status, monkeypatch):
     """After some replies, which stay, and are not asked for again."""
-    endpoint, out = serve(trouble=False), tmp_path / "out"
+    endpoint, out, attempts = serve(trouble=False), tmp_path / "out", Counter()
     said, more = {
         401: ("answers 401: no such key [key]", ()),
         404: ("answers 404", ()),
@@ -578,6 +586,7 @@ def test_an_endpoint_that_refuses(tmp_path, seeds, serve, call, status, monkeypa
     def answer(handler, body):
         prompt = json.loads(body)["messages"][0]["content"]
         if prompt.endswith("Classification:"):
+            attempts[prompt] += 1
             if status == "slow":
                 time.sleep(0.5)
                 return
@@ -609,12 +618,39 @@ def test_an_endpoint_that_refuses(tmp_path, seeds, serve, call, status, monkeypa
     assert "give the same command again to go on" in err
     assert KEY not in err
     if status != "refused":
+        assert max(attempts.values()) == (1 if status in (401, 404, "patience") else 2)
         assert len(lines_of(out / "instructions.jsonl")) == 8
         assert len(lines_of(out / "replies.jsonl")) == 5
         monkeypatch.undo()
         monkeypatch.setenv("OPENAI_API_KEY", KEY)
         assert call(*command)[0] == 0
         assert max(endpoint.answered.values()) == 1
+
+
+def test_retry_after():
+    soon = format_datetime(datetime.now(UTC) + timedelta(seconds=30))
+    assert 25 < replies._retry_after(soon, 1.0) <= 30
+    assert [replies._retry_after(x, 1.5) for x in (None, "2", "-3", "soon")] == [1.5, 2.0, 0.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *(b"<html>", b"[]", b"null", b"\xff", b"[" * 100_000),
+        *(b'{"choices": [{"message": {"content": ["a"]}}]}', b'{"choices": [{"message": null}]}'),
+        b'{"choices": [{"message": {"content": "a"}}], "usage": {"prompt_tokens": Infinity}}',
+    ],
+    ids=range(8),
+)
+def test_no_reply_crashes(answer):
+    assert replies._parse(answer) == Reply("", "malformed")
+
+
+def test_what_a_reply_may_hold():
+    answer = (
+        rb'{"choices": [{"message": {"content": "\ud800 a"}, "finish_reason": "length"}], "created": 1700000000000}'
+    )
+    assert replies._parse(answer) == Reply("? a", "length")  # half a pair; milliseconds
 
 
 def test_a_model_of_no_use_is_given_up(tmp_path, seeds, call):
