@@ -355,13 +355,14 @@ def _head(seeds: Sequence[Seed], s: Settings, classification: bool) -> str:
     if classification:
         head = (
             f"Make up examples for tasks that are answered by a label: {s.instances} of them, each of another label if "
-            "there are enough. Each is three lines: Example and its number, Label, and Input, which has that label. Write nothing else.\n\n"
+            "there are enough. Each is three lines: Example and its number, Label, and Input, which has that label. "
+            "Write nothing else.\n\n"
         )
         one = "Example {}\nLabel: {x.output}\nInput: {x.input}\n"
     else:
         head = (
-            f"Make up {s.instances} examples for a task. Each is three lines: Example and its number, Input, and the right "
-            "Output for it. A task that needs no input has one example, whose input is none. Write nothing else.\n\n"
+            f"Make up {s.instances} examples for a task. Each is three lines: Example and its number, Input, and the "
+            "right Output for it. A task that needs no input has one example, whose input is none. Write nothing else.\n\n"
         )
         one = "Example {}\nInput: {x.input}\nOutput: {x.output}\n"
     for seed in shown:

@@ -215,4 +215,4 @@ def test_a_template_that_fails(source, row, message):
 
 
 def test_a_column_is_computed_only_where_it_is_used():
-    assert Template("mine", "{{ text }}", "x", columns={"late": "lost"}).render({"text": "a"}).input == "a"
+    assert Template("mine", "{{ text }}", "x", columns={"late": "lost + 1"}).render({"text": "a"}).input == "a"
