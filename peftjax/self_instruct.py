@@ -362,7 +362,8 @@ def _head(seeds: Sequence[Seed], s: Settings, classification: bool) -> str:
     else:
         head = (
             f"Make up {s.instances} examples for a task. Each is three lines: Example and its number, Input, and the "
-            "right Output for it. A task that needs no input has one example, whose input is none. Write nothing else.\n\n"
+            "right Output for it. A task that needs no input has one example, whose input is none. "
+            "Write nothing else.\n\n"
         )
         one = "Example {}\nInput: {x.input}\nOutput: {x.output}\n"
     for seed in shown:
