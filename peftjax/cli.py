@@ -361,6 +361,89 @@ class Methods:
     """Lists the methods: what trains, where, whether it merges, the paper."""
 
 
+@dataclasses.dataclass
+class FromTemplates:
+    """Puts the rows of data sets in words by templates, and mixes the tasks (Flan, P3).
+
+    Attributes:
+      tasks: each with its source: "sst2=FOLDER,places,dolly=FILE.jsonl"; a file without templates holds instructions.
+      out: JSONL of instruction, input, output and source.
+      split: of the tasks that have splits.
+      cap: rows that count for a task's share, at most.
+      temperature: 1: shares as the capped sizes; the larger, the more equal.
+      number: of lines; default: the sum of the capped sizes.
+      templates: YAML file with templates of your own, which replace those of the tasks that it names.
+      seed: fixes which rows and templates, and their order.
+    """
+
+    tasks: str
+    out: Path = Path("runs/instructions.jsonl")
+    split: Literal["train", "dev", "test"] = "train"
+    cap: int = 3000
+    temperature: float = 1.0
+    number: int | None = None
+    templates: Path | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class FromModel:
+    """Has a model write instructions and answers, from a few seed tasks (Self-Instruct); resumes after a kill.
+
+    Attributes:
+      seed_tasks: JSONL of instruction, instances and is_classification.
+      out: folder for the replies, instructions, examples and statistics.
+      number: of instructions wanted.
+      llm: name of a model at an endpoint of OpenAI's chat completions.
+      base_url: of the endpoint, such as http://localhost:8000/v1; default: OpenAI's.
+      key_env: environment variable with the key.
+      model: instead of an endpoint: a model here, as a folder or hub name.
+      parallel: requests at once (to an endpoint).
+      max_requests: in all, those of earlier runs included.
+      price_in: of a million tokens of prompts.
+      price_out: of a million tokens of replies.
+      max_tokens: of a reply.
+      temperature: of new instructions.
+      top_p: of new instructions.
+      novelty: ROUGE-L with another instruction that is too much.
+      timeout: seconds to wait for a reply.
+      attempts: at most, for each request.
+      backoff: seconds before the second attempt; doubled each time.
+      longest_wait: seconds; an endpoint that asks for more is given up.
+      seed: fixes what is random here.
+    """
+
+    seed_tasks: Path
+    out: Path = Path("runs/self-instruct")
+    number: int = 100
+    llm: str | None = None
+    base_url: str | None = None
+    key_env: str = "OPENAI_API_KEY"
+    model: str | None = None
+    parallel: int = 4
+    max_requests: int | None = None
+    price_in: float = 0.0
+    price_out: float = 0.0
+    max_tokens: int = 1024
+    temperature: float = 0.7
+    top_p: float = 0.5
+    novelty: float = 0.7
+    timeout: float = 60.0
+    attempts: int = 6
+    backoff: float = 1.0
+    longest_wait: float = 120.0
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Instruct:
+    """Makes instruction data: from data sets by templates, or from a model (Self-Instruct)."""
+
+    way: tyro.conf.OmitArgPrefixes[
+        Annotated[FromTemplates, tyro.conf.subcommand("templates")] | Annotated[FromModel, tyro.conf.subcommand("self")]
+    ]
+
+
 def compare(args: Compare) -> None:
     from . import compare as comparison
 
@@ -556,6 +639,55 @@ def methods(args: Methods) -> None:
     console.print(table)
 
 
+def instruct(args: Instruct) -> None:
+    if isinstance(args.way, FromTemplates):
+        _from_templates(args.way)
+    else:
+        _from_model(args.way)
+
+
+def _from_templates(a: FromTemplates) -> None:
+    from . import instruct as instructions
+
+    options = {"split": a.split, "templates": a.templates, "cap": a.cap, "temperature": a.temperature}
+    tasks = instructions.parse_tasks(a.tasks)
+    found = instructions.from_templates(a.out, tasks, number=a.number, seed=a.seed, **options)
+    console.print(instructions.lengths_table(found))
+    _say(f"written: {a.out}", style="dim")
+
+
+def _from_model(a: FromModel) -> None:
+    from . import replies, self_instruct
+
+    if (a.llm is None) == (a.model is None):
+        raise ValueError("give either --llm NAME, of a model at an endpoint, or --model FOLDER, for one here")
+    seeds = self_instruct.read_seeds(a.seed_tasks)
+    if a.llm is not None:
+        patience = {"attempts": a.attempts, "backoff": a.backoff, "longest_wait": a.longest_wait}
+        generate = replies.endpoint(a.llm, a.base_url, key_env=a.key_env, timeout=a.timeout, **patience)
+    else:
+        from . import hub
+
+        model = hub.load(str(a.model), "generation")
+        generate = replies.local(model, model.params, hub.load_tokenizer(str(a.model)))
+    settings = self_instruct.Settings(
+        a.number, a.seed, novelty=a.novelty, temperature=a.temperature, top_p=a.top_p, max_tokens=a.max_tokens
+    )
+    found = self_instruct.run(
+        a.out,
+        seeds,
+        generate,
+        str(a.llm or a.model),
+        settings,
+        parallel=a.parallel if a.llm else 1,
+        max_requests=a.max_requests,
+        prices=(a.price_in, a.price_out),
+        say=_say,
+    )
+    console.print(self_instruct.statistics_table(found.statistics))
+    _say(f"written: {a.out}/examples.jsonl, instructions.jsonl, statistics.json, replies.jsonl", style="dim")
+
+
 VERBS: dict[type, Callable] = {
     Compare: compare,
     Train: train,
@@ -568,6 +700,7 @@ VERBS: dict[type, Callable] = {
     Generate: generate,
     Chat: chat,
     Methods: methods,
+    Instruct: instruct,
 }
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
@@ -581,6 +714,7 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
+    | Annotated[Instruct, tyro.conf.subcommand("instruct")]
 )
 
 

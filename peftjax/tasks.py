@@ -274,6 +274,7 @@ _ROWS = (
         reported="test",
     ),
     *map(_commonsense, _COMMONSENSE),
+    Task(
         name="sft",
         kind="generation",
         inputs=("prompt",),
