@@ -35,7 +35,7 @@ from .run import (
     short_hash,
     zero_shot,
 )
-from .tasks import get_task
+from .tasks import Task, get_task
 from .train import NonFinite, Settings
 from .tree import count, flatten, partition
 
@@ -288,7 +288,7 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
 
 
 def set_up(
-    model_name: str, task: str, source: str | None, methods: str | None, layout: str = "loop", **options: Any
+    model_name: str, task: str | Task, source: str | None, methods: str | None, layout: str = "loop", **options: Any
 ) -> tuple[Problem, list[Entry]]:
     """The problem, and the methods fitted to its model; each transform is tried on abstract shapes.
 

@@ -54,14 +54,18 @@ def complete(
     key: jax.Array | None = None,
     until: Sequence[str] = (),
     batch_size: int = 32,
+    decode: Callable[..., jax.Array] | None = None,
 ) -> list[str]:
-    """What the model writes after each prompt, cut before the first of the texts in `until`."""
+    """What the model writes after each prompt, cut before the first of the texts in `until`.
+
+    `decode`: a decoder made before, by `decoder` with the same arguments, so that it is not compiled again.
+    """
     encodes = model.family.start_id is not None
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     ids = tokenizer(list(prompts), add_special_tokens=encodes, verbose=False)["input_ids"]
     examples = [data.Example(x if encodes else [*begin, *x]) for x in ids]
     pad = tokenizer.pad_token_id or 0
-    run, texts = decoder(model, how, pad), {}
+    run, texts = decode or decoder(model, how, pad), {}
     buckets = data.bucket_lengths([len(e.input_ids) for e in examples])
     for batch in data.batches(examples, batch_size, buckets, pad_id=pad, side="left"):
         tokens = np.asarray(run(params, batch["input_ids"], batch["attention_mask"], key))
