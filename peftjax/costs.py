@@ -65,7 +65,7 @@ def forward(model: Model, params: Tree, batch: dict, stage: Any = None) -> Count
 
 
 def decoding(model: Model, params: Tree, rows: int, length: int, new: int) -> tuple[Count, Count]:
-    """FLOPs of decoding with a cache of `length + new` tokens: of the prompts, and of each further token of all rows."""
+    """FLOPs of decoding with a cache of `length + new` tokens: of the prompts, and of one further token of all rows."""
     encodes = model.family.start_id is not None
 
     def abstract(n):
@@ -77,7 +77,7 @@ def decoding(model: Model, params: Tree, rows: int, length: int, new: int) -> tu
         return out.logits, out.cache
 
     def more(params, batch, cache):
-        way = {} if encodes else {"continued": True}
+        way: dict[str, Any] = {} if encodes else {"continued": True}
         return model.forward(params, batch, cache=cache, last_only=True, **way).logits
 
     prompt = {"input_ids": abstract(length), "attention_mask": abstract(length)}
@@ -174,7 +174,7 @@ def total(calls: Sequence[Call], first: int | None = None) -> Cost:
         times[call.shape].append(call.seconds)
     rows, flops, seconds = 0, 0.0, 0.0
     for call in calls:
-        n = sum(0 <= i and (first is None or i < first) for i in call.index)
+        n = sum(i >= 0 and (first is None or i < first) for i in call.index)
         share = n / len(call.index)
         rows, flops = rows + n, flops + share * call.count.flops
         seconds += share * float(np.median(times[call.shape]))

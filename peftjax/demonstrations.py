@@ -1,16 +1,20 @@
 """Demonstrations: which training rows are shown before a query, and how the prompt reads."""
 
+import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from .likelihood import Pair, encode_pair
+from .problem import Problem
 from .tasks import Row, Task
 from .templates import TEMPLATES, Rendered, templates_of
 
 SELECTIONS = ("random", "balanced", "bm25")
 SEPARATOR = "\n\n"  # between demonstrations
+CONTENT_FREE = ("N/A", "", "[MASK]")  # Zhao et al. 2021, arXiv:2102.09690
 OWN = "own"  # the name of a generation task's own prompt
 
 
@@ -73,8 +77,8 @@ def select(
 
     - random: one set for all queries, drawn without replacement. The sets of one seed are nested: that of 2 shots
       begins that of 4.
-    - balanced: one set for all queries with equally many rows of each answer; where the shots do not divide, the answers
-      with one row more are drawn. The order is shuffled.
+    - balanced: one set for all queries with equally many rows of each answer; where the shots do not divide, the
+      answers with one row more are drawn. The order is shuffled.
     - bm25: for each query the rows nearest to it, the nearest last (Liu et al. 2021, arXiv:2101.06804, with BM25 for
       the similarity); of equally near ones the earlier. The seed does not matter.
 
@@ -141,3 +145,136 @@ def _nearest(pool: Sequence[str], queries: Sequence[str], shots: int) -> list[tu
         scores = index.get_scores(known) if known else np.zeros(len(pool))
         found.append(tuple(np.argsort(-scores, kind="stable")[:shots][::-1].tolist()))
     return found
+
+
+# What is asked: the test inputs and their prompts
+
+
+class FewShot(NamedTuple):
+    """How demonstrations are chosen and answers scored.
+
+    Attributes:
+      shots: numbers of demonstrations; None: those of `SHOTS` that fit.
+      select: one of `peftjax.demonstrations.SELECTIONS`.
+      seeds: sets of demonstrations drawn, and trainings of each method, counted from 0.
+      template: name; None: the task's first.
+      calibrate: divide by the probabilities after a query without content (`calibrated`).
+      normalize: rank choices by log-likelihood a token, not by that of the whole.
+      separator: between demonstrations; a generated text ends before it.
+      batch_size: prompts at once; of a task with choices, prompts with one of them.
+    """
+
+    shots: tuple[int, ...] | None = None
+    select: str = "random"
+    seeds: int = 1
+    template: str | None = None
+    calibrate: bool = False
+    normalize: bool = False
+    separator: str = SEPARATOR
+    batch_size: int = 16
+
+
+class Item(NamedTuple):
+    """A test input.
+
+    Attributes:
+      text: its columns, to find similar rows by.
+      input: in words.
+      choices, answer: of a task with choices: the texts, and the number of the right one.
+      free: the input in words with its columns replaced by each of `CONTENT_FREE`.
+      references, slots: of a generation task.
+    """
+
+    text: str
+    input: str
+    choices: tuple[str, ...] = ()
+    answer: int = -1
+    free: tuple[str, ...] = ()
+    references: tuple[str, ...] = ()
+    slots: tuple[str, ...] | None = None
+
+
+class Bench(NamedTuple):
+    """What all rows of the table share.
+
+    Attributes:
+      how, task, template: as asked for.
+      items: the test inputs.
+      pool: the training rows in words, to draw demonstrations from; `texts`: their columns.
+      problem: the model and its tokenizer, and the text-to-text task for training.
+      buckets: lengths that the prompts are padded to, at most.
+    """
+
+    how: FewShot
+    task: Task
+    template: str
+    items: list[Item]
+    pool: list[Rendered]
+    texts: list[str]
+    problem: Problem
+    buckets: int
+
+    @property
+    def encodes(self) -> bool:
+        return self.problem.model.family.start_id is not None
+
+
+class Asked(NamedTuple):
+    """The prompts of one row of the table.
+
+    Attributes:
+      prompts: one for each item.
+      pairs: of a task with choices: all (prompt, choice), each once.
+      choices: item -> the pairs of its choices.
+      free: item -> content-free input -> the pairs of its choices.
+      counted: so many of the pairs are what queries cost; the others are there once for all queries.
+      lengths: tokens of each item's longest text that has to fit.
+      prompt_tokens: mean.
+    """
+
+    prompts: list[str]
+    pairs: list[Pair]
+    choices: list[list[int]]
+    free: list[list[list[int]]]
+    counted: int
+    lengths: list[int]
+    prompt_tokens: float
+
+
+def ask(bench: Bench, shots: int, seed: int) -> Asked:
+    """The prompts of all items with so many demonstrations; of a task with choices also as tokens, with each choice."""
+    how, tokenizer = bench.how, bench.problem.tokenizer
+    answers, queries = [r.target for r in bench.pool], [item.text for item in bench.items]
+    sets = select(how.select, bench.texts, answers, queries, shots, seed)
+    shown = [[bench.pool[i] for i in one] for one in sets]
+    prompts = [join(s, item.input, how.separator) for s, item in zip(shown, bench.items, strict=True)]
+    if not bench.items[0].choices:
+        begin = 0 if bench.encodes or tokenizer.bos_token_id is None else 1
+        ids = tokenizer(prompts, add_special_tokens=bench.encodes, verbose=False)["input_ids"]
+        lengths = [begin + len(x) for x in ids]
+        more = 0 if bench.encodes else bench.problem.max_new_tokens
+        return Asked(prompts, [], [], [], 0, [n + more for n in lengths], statistics.fmean(lengths))
+    numbers: dict[tuple[str, str], int] = {}
+
+    def number(prompt: str, item: Item) -> list[int]:
+        return [numbers.setdefault((prompt, " " + choice), len(numbers)) for choice in item.choices]
+
+    choices = [number(prompt, item) for prompt, item in zip(prompts, bench.items, strict=True)]
+    queries_end = len(numbers)
+    free = [
+        [number(join(s, text, how.separator), item) for text in item.free]
+        for s, item in zip(shown, bench.items, strict=True)
+    ]
+    pairs = [encode_pair(tokenizer, *texts, encodes=bench.encodes) for texts in numbers]
+    sizes = [len(x) if bench.encodes else len(x) + len(y) for x, y in pairs]
+    of_item = [[*c, *(i for one in f for i in one)] for c, f in zip(choices, free, strict=True)]
+    once = len(set(sets)) == 1  # then the content-free prompts are the same for all queries, however many
+    return Asked(
+        prompts,
+        pairs,
+        choices,
+        free,
+        queries_end if once else len(pairs),
+        [max(sizes[i] for i in one) for one in of_item],
+        statistics.fmean(len(pairs[c[0]][0]) for c in choices),
+    )

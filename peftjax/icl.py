@@ -1,8 +1,8 @@
 """Few-shot or fine-tune: a model with demonstrations in its prompt beside the same model trained, on one test set.
 
-Every row of the table is scored on the same test inputs, put in words by the same template, by the same metric: the most
-likely of the choices, or a text written greedily. Beside its score stands what a query costs, and for what was trained,
-after how many queries the training has cost less than demonstrations would have.
+Every row of the table is scored on the same test inputs, in the same words, by the same metric: the most likely of the
+choices, or a text written greedily. Beside its score stands what a query costs and, for what was trained, after how
+many queries the training has cost less than demonstrations would have.
 """
 
 import hashlib
@@ -12,27 +12,26 @@ import shlex
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
-from rich.text import Text
 
-from . import compare, costs, data, hub
+from . import compare, costs, data, hub, icl_report
 from .checkpoint import load_adapter, read_header, write_atomically
-from .demonstrations import SELECTIONS, SEPARATOR, join, select, wording
+from .demonstrations import CONTENT_FREE, SELECTIONS, Asked, Bench, FewShot, Item, ask, wording
 from .generate import Decoding, complete, decoder
-from .likelihood import Likelihood, Pair, encode_pair
+from .icl_report import BASE
+from .likelihood import Likelihood
 from .methods import parse
 from .methods.base import virtual_tokens
 from .metrics import score
-from .problem import Problem, prepare
+from .problem import prepare
 from .quantize import quantized_as
 from .run import Entry, check_writable, configuration, names_of, rate_of, run, short_hash
 from .tasks import Row, Task, get_task
@@ -42,75 +41,6 @@ from .tree import Tree, flatten
 from .weights import is_node
 
 SHOTS = (0, 1, 2, 4, 8)  # where nobody says; those that fit
-CONTENT_FREE = ("N/A", "", "[MASK]")
-BASE = "base"
-
-
-class FewShot(NamedTuple):
-    """How demonstrations are chosen and answers scored.
-
-    Attributes:
-      shots: numbers of demonstrations; None: those of `SHOTS` that fit.
-      select: one of `peftjax.demonstrations.SELECTIONS`.
-      seeds: sets of demonstrations drawn, and trainings of each method, counted from 0.
-      template: name; None: the task's first.
-      calibrate: divide by the probabilities after a query without content (`calibrated`).
-      normalize: rank choices by log-likelihood a token, not by that of the whole.
-      separator: between demonstrations; a generated text ends before it.
-      batch_size: prompts at once; of a task with choices, prompts with one of them.
-    """
-
-    shots: tuple[int, ...] | None = None
-    select: str = "random"
-    seeds: int = 1
-    template: str | None = None
-    calibrate: bool = False
-    normalize: bool = False
-    separator: str = SEPARATOR
-    batch_size: int = 16
-
-
-class Item(NamedTuple):
-    """A test input.
-
-    Attributes:
-      text: its columns, to find similar rows by.
-      input: in words.
-      choices, answer: of a task with choices: the texts, and the number of the right one.
-      free: the input in words with its columns replaced by each of `CONTENT_FREE`.
-      references, slots: of a generation task.
-    """
-
-    text: str
-    input: str
-    choices: tuple[str, ...] = ()
-    answer: int = -1
-    free: tuple[str, ...] = ()
-    references: tuple[str, ...] = ()
-    slots: tuple[str, ...] | None = None
-
-
-class Bench(NamedTuple):
-    """What all rows of the table share.
-
-    Attributes:
-      how, task, template: as asked for.
-      items: the test inputs.
-      pool: the training rows in words, to draw demonstrations from; `texts`: their columns.
-      problem: the model and its tokenizer, and the text-to-text task for training.
-    """
-
-    how: FewShot
-    task: Task
-    template: str
-    items: list[Item]
-    pool: list[Rendered]
-    texts: list[str]
-    problem: Problem
-
-    @property
-    def encodes(self) -> bool:
-        return self.problem.model.family.start_id is not None
 
 
 def icl(
@@ -118,17 +48,19 @@ def icl(
     task: str | Task,
     source: str | None = None,
     *,
-    how: FewShot = FewShot(),
+    how: FewShot,
     methods: str | None = None,
     adapters: Sequence[str | Path] = (),
-    rates: dict[str, float] | None = None,
+    rates: dict[str, float],
     out: str | Path,
-    settings: Settings = Settings(),
+    settings: Settings,
     watch: Callable = lambda title: nullcontext(lambda record: None),
     say: Callable[[str], Any] = print,
     **options: Any,
 ) -> tuple[Table, ...]:
     """Scores the base with demonstrations, adapters likewise, methods after training; writes the report.
+
+    What is there already is not scored or trained again.
 
     Args:
       methods: to be trained on the same template, as on the command line; None: none.
@@ -141,57 +73,51 @@ def icl(
       ValueError: bad input, or demonstrations that do not fit into the context, before anything is scored.
     """
     task = get_task(task) if isinstance(task, str) else task
-    _check(how, methods, settings)
+    _check(how, methods)
     out = check_writable(out)
+    store = _Store(out / "results.jsonl")
+    taken = max([read_header(file)["virtual_tokens"] for file in adapters], default=0)
     bench, chosen = _bench(model_name, task, source, how, methods, settings, dict(options))
     model = bench.problem.model
-    room = min(options.get("max_length") or model.max_length, model.max_length)
-    taken = [read_header(file)["virtual_tokens"] for file in adapters]  # all files are read before anything is scored
-    rates, rated = rates or {}, []
-    for name in rates:
-        if name and not any(name in names_of(e) for e in chosen):
-            raise ValueError(f"a learning rate is given for {name!r}; the methods are {[e.name for e in chosen]}")
-    for entry in chosen:
-        rated.append(replace(settings, learning_rate=rate_of(entry, rates, model, model_name)))
-        entry.method.planned(settings.steps or settings.epochs * bench.problem.steps_per_epoch(settings.batch_size))
-    notes = list(bench.problem.notes)
-    asked, left_out = _fitting(bench, room - max(taken, default=0))
-    if chosen:
-        _check_room(
-            bench, 0, 0, asked[0, 0] if (0, 0) in asked else _asked(bench, 0, 0), room - _virtual(bench, chosen)
-        )
-    notes += left_out
-    for note in (*notes, *(f"{e.name}: {e.note}" for e in chosen if e.note)):
+    prompted = {BASE: model.params} | {str(file): load_adapter(file, model).params for file in adapters}
+    rated = _rated(bench, chosen, rates, settings, model_name)
+    context = min(options.get("max_length") or model.max_length, model.max_length)
+    asked, left_out = _fitting(bench, context, taken)
+    plain = asked.get((0, 0)) or (ask(bench, 0, 0) if chosen else None)
+    if plain is not None and chosen:
+        _check_room(0, 0, plain, context, max(_virtual(bench, entry) for entry in chosen))
+    notes = [*bench.problem.notes, *left_out, *(f"{e.name}: {e.note}" for e in chosen if e.note)]
+    for note in notes:
         say(f"note: {note}")
 
-    store, rows = _Store(out / "results.jsonl"), []
-    for name, load in _prompted(bench, adapters):
+    rows = []
+    for name, params in prompted.items():
         mark, scorer = None if name == BASE else _digest_of(name), None
-        for (shots, seed), questions in asked.items():
+        for (shots, seed), one in asked.items():
             config = _configuration(bench, shots, seed, mark)
-            if (done := store.done.get(short_hash(config))) is not None:
-                say(f"{_title(name, shots, seed)}: already scored, taken from {store.file}")
+            title = f"{name}, {shots} shots, seed {seed}" if shots else f"{name}, zero-shot"
+            done = store.get(config)
+            if done is not None:
+                say(f"{title}: already scored, taken from {store.file}")
             else:
-                scorer = scorer or Scorer(bench, load())
-                with watch(_title(name, shots, seed)):
-                    done = scorer(questions) | {"method": name, "shots": shots, "seed": seed, "config": config}
-                store.add(done)
-            rows.append(done)
-    zero = asked.get((0, 0)) or (_asked(bench, 0, 0) if chosen else None)
+                scorer = scorer or Scorer(bench, params)
+                with watch(title):
+                    done = store.add(scorer(one) | {"method": name, "shots": shots, "seed": seed, "config": config})
+            rows.append(done | {"method": name})
     for entry, of_entry in zip(chosen, rated, strict=True):
         for seed in range(how.seeds):
-            own = replace(of_entry, seed=seed)
             try:
                 with watch(f"{entry.name} seed {seed}") as note:
-                    rows.append(_tuned(bench, entry, own, zero, store, out, say, note))
+                    own = replace(of_entry, seed=seed)
+                    rows.append(_tuned(bench, entry, own, plain, store, out, say, note) | {"method": entry.name})
             except NonFinite as e:
                 notes.append(f"{entry.name} seed {seed} is left out: {e}")
                 say(notes[-1])
-    title = f"{Path(model_name).name} on {task.name}: few-shot or fine-tune"
-    return write(bench, rows, title, [*_facts(bench, settings if chosen else None), *notes], out)
+    lines, title = summarise(bench, rows), f"{Path(model_name).name} on {task.name}: few-shot or fine-tune"
+    return icl_report.write(lines, title, [*_facts(bench, rows, settings if chosen else None), *notes], out)
 
 
-def _check(how: FewShot, methods: str | None, settings: Settings) -> None:
+def _check(how: FewShot, methods: str | None) -> None:
     if how.shots is not None and (not how.shots or min(how.shots) < 0 or len(set(how.shots)) < len(how.shots)):
         raise ValueError(f"shots must be different numbers from 0 on, such as 0,1,2,4; got {how.shots}")
     if how.select not in SELECTIONS:
@@ -235,7 +161,9 @@ def _bench(
     inputs = {tuple(group[0][c] for c in task.inputs) for group in tested}
     kept = [row for row in train if tuple(row[c] for c in task.inputs) not in inputs]
     notes = [] if len(kept) == len(train) else [f"{len(train) - len(kept)} training rows left out: they are tested on"]
-    notes += [f"the first {n} {what} only" for n, what in zip(limits, ("training rows", f"{split} inputs")) if n]
+    notes += [
+        f"the first {n} {what} only" for n, what in zip(limits, ("training rows", f"{split} inputs"), strict=True) if n
+    ]
     if not kept:
         raise ValueError(f"no training row of {task.name} is left that is not a test input")
     pool = [words(row) for row in kept]
@@ -262,7 +190,8 @@ def _bench(
     if problem.model.fresh:
         raise ValueError(f"{model_name} holds no {list(problem.model.fresh)}; a model that answers must be trained")
     problem = problem._replace(notes=(*problem.notes, *notes))
-    return Bench(how, task, template, items, pool, [_text(task, row) for row in kept], problem), chosen
+    texts, buckets = [_text(task, row) for row in kept], options.get("max_buckets", 3)
+    return Bench(how, task, template, items, pool, texts, problem, buckets), chosen
 
 
 def _columns(r: Rendered) -> dict[str, str]:
@@ -296,92 +225,34 @@ def _item(task: Task, group: list[Row], words: Callable, how: FewShot, template:
     return Item(_text(task, row), read.input, read.choices, read.choices.index(read.target), free)
 
 
-# Prompts
+# Whether the prompts fit
 
 
-class Asked(NamedTuple):
-    """The prompts of one row of the table.
-
-    Attributes:
-      prompts: one for each item.
-      pairs: of a task with choices: all (prompt, choice), each once.
-      choices: item -> the pairs of its choices.
-      free: item -> content-free input -> the pairs of its choices.
-      counted: so many of the pairs are what queries cost; the others are there once for all queries.
-      lengths: tokens of each item's longest text that has to fit.
-      prompt_tokens: mean.
-    """
-
-    prompts: list[str]
-    pairs: list[Pair]
-    choices: list[list[int]]
-    free: list[list[list[int]]]
-    counted: int
-    lengths: list[int]
-    prompt_tokens: float
-
-
-def _asked(bench: Bench, shots: int, seed: int) -> Asked:
-    how, tokenizer = bench.how, bench.problem.tokenizer
-    answers, queries = [r.target for r in bench.pool], [item.text for item in bench.items]
-    sets = select(how.select, bench.texts, answers, queries, shots, seed)
-    shown = [[bench.pool[i] for i in one] for one in sets]
-    prompts = [join(s, item.input, how.separator) for s, item in zip(shown, bench.items, strict=True)]
-    if not bench.items[0].choices:
-        begin = 0 if bench.encodes or tokenizer.bos_token_id is None else 1
-        ids = tokenizer(prompts, add_special_tokens=bench.encodes, verbose=False)["input_ids"]
-        lengths = [begin + len(x) for x in ids]
-        more = 0 if bench.encodes else bench.problem.max_new_tokens
-        return Asked(prompts, [], [], [], 0, [n + more for n in lengths], statistics.fmean(lengths))
-    numbers: dict[tuple[str, str], int] = {}
-
-    def number(prompt: str, item: Item) -> list[int]:
-        return [numbers.setdefault((prompt, " " + choice), len(numbers)) for choice in item.choices]
-
-    choices = [number(prompt, item) for prompt, item in zip(prompts, bench.items, strict=True)]
-    queries_end = len(numbers)
-    free = [
-        [number(join(s, text, how.separator), item) for text in item.free]
-        for s, item in zip(shown, bench.items, strict=True)
-    ]
-    pairs = [encode_pair(tokenizer, *texts, encodes=bench.encodes) for texts in numbers]
-    sizes = [len(x) if bench.encodes else len(x) + len(y) for x, y in pairs]
-    of_item = [[*c, *(i for one in f for i in one)] for c, f in zip(choices, free, strict=True)]
-    once = len(set(sets)) == 1  # then the content-free prompts are the same for all queries, however many
-    return Asked(
-        prompts,
-        pairs,
-        choices,
-        free,
-        queries_end if once else len(pairs),
-        [max(sizes[i] for i in one) for one in of_item],
-        statistics.fmean(len(pairs[c[0]][0]) for c in choices),
-    )
-
-
-def _fitting(bench: Bench, room: int) -> tuple[dict[tuple[int, int], Asked], list[str]]:
+def _fitting(bench: Bench, context: int, taken: int) -> tuple[dict[tuple[int, int], Asked], list[str]]:
     """(shots, seed) -> the prompts, all of which fit; and a note on what does not, if nobody asked for it."""
-    found, wanted = {}, sorted(bench.how.shots or SHOTS)
+    found, wanted = {}, sorted(SHOTS if bench.how.shots is None else bench.how.shots)
     for shots in wanted:
         try:
-            for seed in _seeds(bench.how, shots):
-                asked = _asked(bench, shots, seed)
-                _check_room(bench, shots, seed, asked, room)
-                found[shots, seed] = asked
+            of_seeds = {(shots, seed): ask(bench, shots, seed) for seed in _seeds(bench.how, shots)}
+            for (_, seed), asked in of_seeds.items():
+                _check_room(shots, seed, asked, context, taken)
         except ValueError as e:
-            if bench.how.shots is not None or shots == 0:
-                fits = [str(s) for s in wanted if s < shots]
-                raise ValueError(f"{e}; write --shots {','.join(fits)}" if fits else str(e)) from None
-            return {k: v for k, v in found.items() if k[0] < shots}, [f"{shots} shots and more are left out: {e}"]
+            if bench.how.shots is None and shots > 0:
+                return found, [f"{shots} shots and more are left out: {e}"]
+            fits = ",".join(str(n) for n, _ in dict.fromkeys((n, 0) for n, _ in found))
+            raise ValueError(f"{e}; what fits is --shots {fits}" if fits else str(e)) from None
+        found |= of_seeds
     return found, []
 
 
-def _check_room(bench: Bench, shots: int, seed: int, asked: Asked, room: int) -> None:
+def _check_room(shots: int, seed: int, asked: Asked, context: int, taken: int) -> None:
     longest = int(np.argmax(asked.lengths))
-    if asked.lengths[longest] > room:
+    if asked.lengths[longest] > context - taken:
+        beside = f" beside {taken} virtual tokens" if taken else ""
         raise ValueError(
             f"{shots} shots do not fit into the context: test input {longest + 1} (seed {seed}) has "
-            f"{asked.lengths[longest]} tokens with its demonstrations and answer, and there is room for {room}"
+            f"{asked.lengths[longest]} tokens with its demonstrations and answer, and there is room for "
+            f"{context - taken}{beside}"
         )
 
 
@@ -390,14 +261,21 @@ def _seeds(how: FewShot, shots: int) -> range:
     return range(1 if shots == 0 or how.select == "bm25" else how.seeds)
 
 
-def _virtual(bench: Bench, chosen: Sequence[Entry]) -> int:
-    model = bench.problem.model
+def _virtual(bench: Bench, entry: Entry) -> int:
+    model, init = bench.problem.model, entry.method.init
+    return virtual_tokens(jax.eval_shape(lambda p: init(jax.random.key(0), p, model.sites), model.params))
 
-    def taken(entry: Entry) -> int:
-        init = entry.method.init
-        return virtual_tokens(jax.eval_shape(lambda p: init(jax.random.key(0), p, model.sites), model.params))
 
-    return max(map(taken, chosen))
+def _rated(
+    bench: Bench, chosen: Sequence[Entry], rates: dict[str, float], settings: Settings, model_name: str
+) -> list[Settings]:
+    """The settings of each method with its learning rate; what cannot be trained is said here."""
+    for name in rates:
+        if name and not any(name in names_of(e) for e in chosen):
+            raise ValueError(f"a learning rate is given for {name!r}; the methods are {[e.name for e in chosen]}")
+    for entry in chosen:
+        entry.method.planned(settings.steps or settings.epochs * bench.problem.steps_per_epoch(settings.batch_size))
+    return [replace(settings, learning_rate=rate_of(e, rates, bench.problem.model, model_name)) for e in chosen]
 
 
 # Scores
@@ -432,9 +310,8 @@ class Scorer:
     def __init__(self, bench: Bench, params: Tree):
         self.bench, self.params = bench, params
         p, how = bench.problem, bench.how
-        few = len(p.buckets)
         if bench.items[0].choices:
-            self.likelihood = Likelihood(p.model, p.pad_id, how.batch_size, few, jit=self._metered)
+            self.likelihood = Likelihood(p.model, p.pad_id, how.batch_size, bench.buckets, jit=self._metered)
         else:
             self.decoding = Decoding(p.max_new_tokens, stop=(p.tokenizer.eos_token_id,))
             decode = decoder(p.model, self.decoding, p.pad_id)
@@ -489,10 +366,10 @@ class Scorer:
 
     def _count_written(self, params: Tree, batch: dict, tokens: Any, compiled: Any) -> costs.Count:
         """The prompts, and one step for each further token until the last row has ended."""
-        p, shape = self.bench.problem, batch["input_ids"].shape
-        if shape not in self.parts:
-            self.parts[shape] = costs.decoding(p.model, params, *shape, p.max_new_tokens)
-        first, step = self.parts[shape]
+        p, (rows, length) = self.bench.problem, batch["input_ids"].shape
+        if (rows, length) not in self.parts:
+            self.parts[rows, length] = costs.decoding(p.model, params, rows, length, p.max_new_tokens)
+        first, step = self.parts[rows, length]
         ends = np.asarray(tokens) == p.tokenizer.eos_token_id
         written = int(np.where(ends.any(1), ends.argmax(1) + 1, ends.shape[1]).max())
         return costs.Count(first.flops + (written - 1) * step.flops, first.by)
@@ -541,10 +418,14 @@ class _Store:
                     f"{file} holds a line that is no row of this command ({e}); choose another --out"
                 ) from e
 
-    def add(self, row: dict) -> None:
-        row["key"] = short_hash(row["config"])
+    def get(self, config: dict) -> dict | None:
+        return self.done.get(short_hash(config))
+
+    def add(self, row: dict) -> dict:
+        row = {"key": short_hash(row["config"])} | row
         self.done[row["key"]] = row
         write_atomically(self.file, "".join(json.dumps(r) + "\n" for r in self.done.values()))
+        return row
 
 
 def _configuration(bench: Bench, shots: int, seed: int, mark: str | None) -> dict:
@@ -565,7 +446,7 @@ def _configuration(bench: Bench, shots: int, seed: int, mark: str | None) -> dic
         "normalize": how.normalize,
         "separator": how.separator if shots or not bench.items[0].choices else None,
         "batch_size": how.batch_size,
-        "buckets": len(p.buckets),
+        "buckets": bench.buckets,
         "max_new_tokens": None if bench.items[0].choices else p.max_new_tokens,
         "dtype": jax.numpy.dtype(p.model.module.dtype).name,
         "param_dtype": str(next(iter(flatten(p.model.params, is_leaf=is_node).values())).dtype),
@@ -578,22 +459,6 @@ def _digest_of(file: str | Path) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-def _prompted(bench: Bench, adapters: Sequence[str | Path]) -> Iterator[tuple[str, Callable[[], Tree]]]:
-    """What is scored with demonstrations: its name, and a function that gives its parameters."""
-    model = bench.problem.model
-    yield BASE, lambda: model.params
-    for file in adapters:
-
-        def load(file=file):
-            return load_adapter(file, model).params
-
-        yield str(file), load
-
-
-def _title(name: str, shots: int, seed: int) -> str:
-    return f"{name}, {shots} shots, seed {seed}" if shots else f"{name}, zero-shot"
-
-
 def _tuned(
     bench: Bench, entry: Entry, settings: Settings, asked: Asked | None, store: _Store, out: Path, say, report
 ) -> dict:
@@ -602,9 +467,9 @@ def _tuned(
     problem = bench.problem
     trained = short_hash(configuration(problem, entry.method, settings))
     config = _configuration(bench, 0, settings.seed, trained)
-    if (done := store.done.get(short_hash(config))) is not None:
+    if (done := store.get(config)) is not None:
         say(f"{entry.name} seed {settings.seed}: already trained and scored, taken from {store.file}")
-        return done | {"method": entry.name}
+        return done
     name = re.sub(r"[^a-zA-Z0-9.=+-]+", "_", entry.name).strip("_")[:80]
     new = out / "runs" / f"{name}-seed{settings.seed}-{trained}"
     folder = next((out / "runs").glob(f"*-{trained}"), new)
@@ -613,19 +478,19 @@ def _tuned(
     spent = costs.training(problem, entry.method, settings)
     steps = settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size)
     step = result["step_seconds"]
-    row = Scorer(bench, params)(asked) | {
+    row = {
+        **Scorer(bench, params)(asked),
         "method": entry.name,
         "shots": 0,
         "seed": settings.seed,
         "trainable": result["trainable"],
         "training_flops": spent.flops,
         "training_counted": spent.by,
-        "training_seconds": result["seconds"] if step != step else step * steps,  # not a number: a single step
+        "training_seconds": step * steps if step == step else result["seconds"],  # no number: of a single step
         "folder": folder.name,
         "config": config,
     }
-    store.add(row)
-    return row
+    return store.add(row)
 
 
 # Report
@@ -647,139 +512,7 @@ def summarise(bench: Bench, rows: Sequence[dict]) -> list[dict]:
     return lines
 
 
-def best_shots(lines: Sequence[dict]) -> dict | None:
-    """The base's line with the best first metric among those with demonstrations; None: there is none."""
-    few = [line for line in lines if line["method"] == BASE and line["shots"] and not line["trained"]]
-    return max(few, key=lambda line: next(iter(line["scores"].values())), default=None)
-
-
-def queries(tuned: dict, few: dict, unit: str) -> float | None:
-    """After how many queries the training of `tuned` has cost less than `few`; the unit is 'flops' or 'seconds'."""
-    return costs.break_even(tuned[f"training_{unit}"], few[unit], tuned[unit])
-
-
-def _said(value: float | None, form: str = ",.0f", factor: float = 1.0, none: str = "-") -> str:
-    return none if value is None else format(value * factor, form)
-
-
-def cells(line: dict, best: dict | None) -> dict[str, str]:
-    """A line as text, by column. GFLOP are 10^9; the last two columns compare with the best number of shots."""
-    metric = next(iter(line["scores"]))
-    span = "-" if line["interval"] is None else "{:.1f} to {:.1f}".format(*line["interval"])
-    out = {"method": line["method"], "shots": str(line["shots"])}
-    for name, value in line["scores"].items():
-        out[name] = f"{value:.2f}"
-        if name == metric:
-            out["95%"] = span
-    out |= {
-        "tokens": _said(line["prompt_tokens"]),
-        "ms": _said(line["seconds"], ",.2f", 1e3),
-        "GFLOP": _said(line["flops"], ",.4g", 1e-9),
-        "trained s": _said(line["training_seconds"], ",.1f"),
-        "trained GFLOP": _said(line["training_flops"], ",.0f", 1e-9),
-    }
-    for unit, column in (("flops", "pays after, by FLOP"), ("seconds", "by time")):
-        compared = line["trained"] and best is not None
-        out[column] = _said(queries(line, best, unit), none="never") if compared and best is not None else "-"
-    return out
-
-
-def verdict(lines: Sequence[dict]) -> str:
-    """One sentence on the best trained method against the best number of shots; empty where there is none of one."""
-    best = best_shots(lines)
-    tuned = [line for line in lines if line["trained"]]
-    if best is None or not tuned:
-        return ""
-    metric = next(iter(best["scores"]))
-    top = max(tuned, key=lambda line: line["scores"][metric])
-    better = "better" if top["scores"][metric] > best["scores"][metric] else "no better"
-    paid = [
-        f"after {n:,.0f} queries by {what}" if (n := queries(top, best, unit)) is not None else f"never by {what}"
-        for unit, what in (("flops", "FLOPs"), ("seconds", "time"))
-    ]
-    return (
-        f"{top['method']} is {better} than {best['shots']} shots ({metric} {top['scores'][metric]:.1f} against "
-        f"{best['scores'][metric]:.1f}), and cheaper {' and '.join(paid)}"
-    )
-
-
-def write(bench: Bench, rows: Sequence[dict], title: str, facts: Sequence[str], folder: Path) -> tuple[Table, ...]:
-    """Writes `report.md` and `costs.png`, and returns the table to print."""
-    lines = summarise(bench, rows)
-    best, answer = best_shots(lines), verdict(lines)
-    texts = [cells(line, best) for line in lines]
-    trained = any(line["trained"] for line in lines)
-    wide = [c for c in texts[0] if trained or not (c.startswith(("trained", "pays")) or c == "by time")]
-    plot(lines, title, folder / "costs.png")
-    write_atomically(folder / "report.md", _markdown(lines, texts, wide, title, facts, answer))
-    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=answer or None)
-    for column in wide:
-        name = column == "method"
-        out.add_column(column, justify="left" if name else "right", overflow="fold")
-    for text in texts:
-        out.add_row(*(Text(text[c]) for c in wide))
-    return (out,)
-
-
-def _markdown(lines, texts, wide, title, facts, answer) -> str:
-    def table(head, body):
-        return [
-            "| " + " | ".join(head) + " |",
-            "|---|" + "---:|" * (len(head) - 1),
-            *("| " + " | ".join(row) + " |" for row in body),
-        ]
-
-    counted = {line["flops"] is not None for line in lines}
-    out = [f"# {title}", "", *([f"**{answer}.**", ""] if answer else []), *(f"- {fact}" for fact in facts), ""]
-    out += table(wide, [[text[c] for c in wide] for text in texts])
-    out += [
-        "",
-        "Metrics in percent, means over the seeds. 95%: of the first metric, over the test inputs: Wilson's interval of a "
-        "share of right answers, otherwise the percentile bootstrap (of several seeds, of their mean). Tokens: of a "
-        "prompt, mean. Ms and GFLOP: of one query, that is all its choices or its whole text, in batches; time without "
-        "compilation, a median over batches. Trained: steps only, without compilation and evaluations.",
-    ]
-    tuned, few = [x for x in lines if x["trained"]], [x for x in lines if not x["trained"]]
-    if tuned and few and counted:
-        for unit, what in (("flops", "FLOPs"), ("seconds", "time")):
-            head = ["cheaper after so many queries, by " + what]
-            head += [f"{'' if x['method'] == BASE else x['method'] + ', '}{x['shots']} shots" for x in few]
-            body = [[t["method"], *(_said(queries(t, x, unit), none="never") for x in few)] for t in tuned]
-            out += ["", *table(head, body)]
-        out += ["", "What an adapter given as a file has cost to train is not known here and does not count."]
-    out += ["", "![total cost by number of queries](costs.png)"]
-    return "\n".join(out) + "\n"
-
-
-def plot(lines: Sequence[dict], title: str, file: Path) -> None:
-    """Total FLOPs by the number of queries: demonstrations cost with every query, training once."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    tuned = [line for line in lines if line["trained"]]
-    few = [line for line in lines if not line["trained"]]
-    crossings = [n for t in tuned for f in few if (n := queries(t, f, "flops")) is not None]
-    most = 10.0 ** np.ceil(np.log10(max([1e4, *(10 * n for n in crossings if n < 1e9)])))
-    n = np.geomspace(1, most, 200)
-    plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
-    shades = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, max(len(few), 2)))
-    for line, colour in zip(few, shades, strict=False):
-        name = f"{'' if line['method'] == BASE else line['method'] + ', '}{line['shots']} shots"
-        ax.plot(n, n * line["flops"], color=colour, label=name)
-    for i, line in enumerate(tuned):
-        total = line["training_flops"] + n * line["flops"]
-        ax.plot(n, total, "--", color=f"C{(i + 1) % 10}", linewidth=2, label=f"{line['method']}, trained")
-    ax.set(xscale="log", yscale="log", xlabel="queries", ylabel="FLOPs in all", title=title)
-    ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=10)
-    fig.savefig(file, dpi=150)
-    plt.close(fig)
-
-
-def _facts(bench: Bench, settings: Settings | None) -> list[str]:
+def _facts(bench: Bench, rows: Sequence[dict], settings: Settings | None) -> list[str]:
     how, p = bench.how, bench.problem
     device = jax.devices()[0]
     ranked = "the text written greedily"
@@ -793,8 +526,11 @@ def _facts(bench: Bench, settings: Settings | None) -> list[str]:
     if settings is not None:
         length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs} epochs"
         facts.append(f"methods: {length}, batches of {settings.batch_size}, on the same template, scored zero-shot")
+    by = sorted({r["counted"] for r in rows} | {r["training_counted"] for r in rows if "training_counted" in r})
+    who = {costs.XLA: "XLA's count of the programs", costs.ANALYTIC: "2 N T and the attention, three times to train"}
     return [
         *facts,
+        f"queries in batches of {how.batch_size}; FLOPs: {' and '.join(who[x] for x in by)}",
         f"activations {p.model.module.dtype.name}; base {quantized_as(p.model.params) or 'not quantised'}",
         f"jax {jax.__version__}, {device.platform if device.platform == 'cpu' else device.device_kind}",
         f"command: `{shlex.join(['peftjax', *sys.argv[1:]])}`",
