@@ -167,6 +167,8 @@ def _bench(
     if not kept:
         raise ValueError(f"no training row of {task.name} is left that is not a test input")
     pool = [words(row) for row in kept]
+    if how.select == "balanced" and not items[0].choices:
+        raise ValueError(f"balanced demonstrations need a task with choices; {task.name} by {template!r} has none")
 
     tokenizer = hub.load_tokenizer(model_name)
     targets = tokenizer([f" {r.target}" for r in pool], add_special_tokens=False, verbose=False)["input_ids"]
@@ -531,7 +533,8 @@ def _facts(bench: Bench, rows: Sequence[dict], settings: Settings | None) -> lis
     return [
         *facts,
         f"queries in batches of {how.batch_size}; FLOPs: {' and '.join(who[x] for x in by)}",
-        f"activations {p.model.module.dtype.name}; base {quantized_as(p.model.params) or 'not quantised'}",
+        f"activations {jax.numpy.dtype(p.model.module.dtype).name}"
+        + (f"; the base's linear weights are quantised: {form}" if (form := quantized_as(p.model.params)) else ""),
         f"jax {jax.__version__}, {device.platform if device.platform == 'cpu' else device.device_kind}",
         f"command: `{shlex.join(['peftjax', *sys.argv[1:]])}`",
     ]
