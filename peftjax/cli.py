@@ -280,6 +280,41 @@ class Proxy:
 
 
 @dataclasses.dataclass
+class Icl:
+    """Few-shot or fine-tune: scores a model with demonstrations in its prompt, and trained, with what a query costs.
+
+    Attributes:
+      shots: numbers of demonstrations, such as 0,1,2,4; default: those of 0,1,2,4,8 that fit into the context.
+      select: how they are chosen: random, balanced over the answers, or bm25, the nearest to each query.
+      seeds: draws of the demonstrations, and trainings of each method, counted from 0.
+      template: how rows are put in words; default: the task's first.
+      calibrate: divide by the choices' probabilities after queries without content.
+      normalize: rank choices by their likelihood a token.
+      separator: between demonstrations; \\n is a line's end.
+      methods: to train on the same template, as of compare; default: none.
+      adapter: adapter files to score at all numbers of shots.
+      lr: learning rate for all, or by method, as of compare.
+      query_batch: prompts scored at once.
+      out: where results, report, plot and adapters go; default: runs/MODEL-TASK-icl.
+    """
+
+    base: tyro.conf.OmitArgPrefixes[Base]
+    training: tyro.conf.OmitArgPrefixes[Training]
+    shots: str = ""
+    select: Literal["random", "balanced", "bm25"] = "random"
+    seeds: int = 1
+    template: str | None = None
+    calibrate: bool = False
+    normalize: bool = False
+    separator: str = "\\n\\n"
+    methods: str | None = None
+    adapter: tuple[Path, ...] = ()
+    lr: str = ""
+    query_batch: int = 16
+    out: Path | None = None
+
+
+@dataclasses.dataclass
 class Merge:
     """Writes base and adapter as one model, in a folder that transformers loads.
 
@@ -574,6 +609,38 @@ def proxy(args: Proxy) -> None:
     console.print(table)
 
 
+def icl(args: Icl) -> None:
+    from .icl import FewShot, icl
+
+    out = args.out or Path("runs") / f"{Path(args.base.model).name}-{args.base.task}-icl"
+    how = FewShot(
+        shots=_shots(args.shots),
+        select=args.select,
+        seeds=args.seeds,
+        template=args.template,
+        calibrate=args.calibrate,
+        normalize=args.normalize,
+        separator=args.separator.replace("\\n", "\n").replace("\\t", "\t"),
+        batch_size=args.query_batch,
+    )
+    found = icl(
+        args.base.model,
+        args.base.task,
+        args.base.data,
+        how=how,
+        methods=args.methods,
+        adapters=args.adapter,
+        rates=_rates(args.lr),
+        out=out,
+        settings=_settings(args.training),
+        watch=_watch,
+        say=_say,
+        **_prepare(args.base),
+    )
+    console.print(*found, sep="\n")
+    _say(f"written: {out}/results.jsonl, report.md, costs.png", style="dim")
+
+
 def merge(args: Merge) -> None:
     from . import compare as comparison
 
@@ -696,6 +763,7 @@ VERBS: dict[type, Callable] = {
     Score: score,
     LmEval: lm_eval,
     Proxy: proxy,
+    Icl: icl,
     Merge: merge,
     Generate: generate,
     Chat: chat,
@@ -710,6 +778,7 @@ Command = (
     | Annotated[Score, tyro.conf.subcommand("score")]
     | Annotated[LmEval, tyro.conf.subcommand("lm-eval")]
     | Annotated[Proxy, tyro.conf.subcommand("proxy")]
+    | Annotated[Icl, tyro.conf.subcommand("icl")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
@@ -807,6 +876,13 @@ def _ranks(text: str) -> list[int]:
         return [int(x) for x in text.split(",")]
     except ValueError:
         raise ValueError(f"cannot read the ranks {text!r}; write 1,2,4") from None
+
+
+def _shots(text: str) -> tuple[int, ...] | None:
+    try:
+        return tuple(int(x) for x in text.split(",")) if text else None
+    except ValueError:
+        raise ValueError(f"cannot read the shots {text!r}; write 0,1,2,4") from None
 
 
 @contextlib.contextmanager

@@ -287,15 +287,16 @@ class Writer:
       model: a language model.
       tokenizer: transformers' tokenizer of it.
       how: `stop` should hold the tokenizer's `eos_token_id`; only tokens in it end a text.
+      decode: what `complete` calls for a batch, with `decoder`'s arguments; default: a `decoder` of its own.
 
     Raises:
       ValueError: from `decoder`; and from all calls, prompts that are empty or leave no room for the new tokens.
     """
 
-    def __init__(self, model: Model | Proxy, tokenizer: Any, how: Decoding):
+    def __init__(self, model: Model | Proxy, tokenizer: Any, how: Decoding, decode: Callable | None = None):
         self.model, self.tokenizer, self.how = model, tokenizer, how
         self.pad_id = tokenizer.pad_token_id or 0
-        self._decode = decoder(model, how, self.pad_id)
+        self._decode = decode or decoder(model, how, self.pad_id)
         self._first = jax.jit(self._begin)
         self._next = jax.jit(self._go_on, donate_argnums=1)  # the cache is written in place
 
@@ -456,8 +457,10 @@ def complete(
     key: jax.Array | None = None,
     until: Sequence[str] = (),
     batch_size: int = 32,
+    decode: Callable[..., jax.Array] | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, cut before the first of the texts in `until`.
+
 
     Each call compiles; a `Writer` that is called again does not.
 

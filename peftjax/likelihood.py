@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations: what multiple choice, few-shot classification and lm-eval rank by."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,16 +39,17 @@ class Likelihood:
       pad_id: fills the batches; it is never looked at.
       batch_size: pairs at once.
       buckets: lengths that the pairs are padded to, at most.
+      jit: compiles the function of (params, batch) that scores a batch; e.g. one that also takes the time.
 
     Raises:
       ValueError: the model is no language model; or, from the call, a pair with an empty side or longer than the model.
     """
 
-    def __init__(self, model: Model, pad_id: int = 0, batch_size: int = 32, buckets: int = 4):
+    def __init__(self, model: Model, pad_id: int = 0, batch_size: int = 32, buckets: int = 4, jit: Callable = jax.jit):
         if model.module.head not in TASKS["generation"]:
             raise ValueError(f"likelihoods need a language model; this model's head is {model.module.head!r}")
         self.model, self.pad_id, self.batch_size, self.buckets = model, pad_id, batch_size, buckets
-        self._score = jax.jit(self._of)
+        self._score = jit(self._of)
 
     def _of(self, params: Tree, batch: dict) -> tuple[jax.Array, jax.Array]:
         if self.model.family.start_id is not None:
