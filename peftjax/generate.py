@@ -9,6 +9,7 @@ import numpy as np
 
 from . import data
 from .hub import TASKS, Model
+from .mixed import Mixed, Mixture
 from .proxy import Proxy
 from .tree import Tree
 
@@ -37,7 +38,7 @@ class Decoding(NamedTuple):
     stop: tuple[int, ...] = ()
 
 
-def decoder(model: Model | Proxy, how: Decoding, pad_id: int = 0) -> Callable[..., jax.Array]:
+def decoder(model: Model | Proxy | Mixed, how: Decoding, pad_id: int = 0) -> Callable[..., jax.Array]:
     """(params, input_ids, attention_mask, key=None) -> (batch, max_new_tokens) int32, jitted."""
     eos = how.stop[0] if how.stop else None
     run = greedy(model, how.max_new_tokens, eos, pad_id)
@@ -45,7 +46,7 @@ def decoder(model: Model | Proxy, how: Decoding, pad_id: int = 0) -> Callable[..
 
 
 def complete(
-    model: Model | Proxy,
+    model: Model | Proxy | Mixed,
     params: Tree,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -64,7 +65,8 @@ def complete(
     run, texts = decoder(model, how, pad), {}
     buckets = data.bucket_lengths([len(e.input_ids) for e in examples])
     for batch in data.batches(examples, batch_size, buckets, pad_id=pad, side="left"):
-        tokens = np.asarray(run(params, batch["input_ids"], batch["attention_mask"], key))
+        own = params.rows(batch["index"], len(prompts)) if isinstance(params, Mixture) else params
+        tokens = np.asarray(run(own, batch["input_ids"], batch["attention_mask"], key))
         for i, row in zip(batch["index"].tolist(), tokens.tolist(), strict=True):
             end = next((j for j, t in enumerate(row) if t in how.stop), len(row))
             text = tokenizer.decode(row[:end], skip_special_tokens=True)
@@ -72,7 +74,7 @@ def complete(
     return [texts[i] for i in range(len(prompts))]
 
 
-def greedy(model: Model | Proxy, max_new_tokens: int, eos_id: int | None, pad_id: int = 0) -> Callable[..., jax.Array]:
+def greedy(model: Model | Proxy | Mixed, max_new_tokens: int, eos_id: int | None, pad_id: int = 0) -> Callable[..., jax.Array]:
     """A jitted function that continues prompts with the most likely token, again and again.
 
     It compiles once for each shape of prompts. Rows that have ended are filled with `pad_id`; the loop stops
