@@ -74,7 +74,9 @@ def complete(
     return [texts[i] for i in range(len(prompts))]
 
 
-def greedy(model: Model | Proxy | Mixed, max_new_tokens: int, eos_id: int | None, pad_id: int = 0) -> Callable[..., jax.Array]:
+def greedy(
+    model: Model | Proxy | Mixed, max_new_tokens: int, eos_id: int | None, pad_id: int = 0
+) -> Callable[..., jax.Array]:
     """A jitted function that continues prompts with the most likely token, again and again.
 
     It compiles once for each shape of prompts. Rows that have ended are filled with `pad_id`; the loop stops
