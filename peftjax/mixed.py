@@ -99,27 +99,17 @@ class Mixed(NamedTuple):
         self, params: Mixture, batch: dict, key: jax.Array | None = None, *, cache: Cache | None = None, **kwargs
     ) -> Output:
         """The base's forward, each row with its own adapter; with a key, each with its own dropout."""
+        at = 0 if cache is None or isinstance(cache.layers[0], tuple) else 1  # stacked layers stand before the rows
 
         def run(params, batch, key, cache):
             out = self.model.forward(params, batch, key, cache=cache, **kwargs)
-            arrays = out._replace(cache=None)
-            new = out.cache
-            if new is not None:  # without the axis of one row again
-                layers = jax.tree.map(lambda x: jnp.squeeze(x, at), new.layers)
-                source = None if new.source is None else new.source[0]
-                new = new._replace(layers=layers, valid=new.valid[0], source=source)
-            return jax.tree.map(lambda x: x[0], arrays), new
+            new = None if out.cache is None else _along_rows(jnp.squeeze, out.cache, at)
+            return jax.tree.map(lambda x: x[0], out._replace(cache=None)), new
 
-        at = 1 if cache is not None and not isinstance(cache.layers[0], tuple) else 0  # layers come first
-        axes: Any = Cache(at, 0, None, 0)  # pyright: ignore[reportArgumentType] - the axes of its leaves
-        if cache is None:
-            axes = None
-        else:
-            cache = jax.tree.map(jnp.asarray, cache)
-            layers = jax.tree.map(lambda x: jnp.expand_dims(x, at + 1), cache.layers)
-            source = None if cache.source is None else cache.source[:, None]
-            cache = cache._replace(layers=layers, valid=cache.valid[:, None], source=source)
-        out, new = self._each_row(run, params, batch, key, cache, axes)
+        axes: Any = (at, 0, None, 0)
+        if cache is not None:
+            cache = _along_rows(lambda x, axis: jnp.expand_dims(x, axis + 1), cache, at)
+        out, new = self._each_row(run, params, batch, key, cache, None if cache is None else Cache(*axes))
         return out._replace(cache=new)
 
     def empty_cache(self, params: Mixture, batch: int, length: int) -> Cache:
@@ -209,7 +199,8 @@ class Mixed(NamedTuple):
 def mix(model: Model, adapters: Sequence[Tree], method: Method) -> tuple[Mixed, Mixture]:
     """Puts k adapters of one method over one base, to be used in one batch: row i runs with adapter `ids[i]`.
 
-    `y_i = f(x_i; W, θ_ids[i])` (punica, Chen et al. 2023, arXiv:2310.18547, section 3, has the equation for LoRA).
+    `y_i = f(x_i; W, θ_ids[i])`. Punica (Chen et al. 2023, arXiv:2310.18547) serves LoRA so with kernels of its own;
+    here the method is any, the products are XLA's, and training works too.
 
     What the method starts from is often the base itself (LoRA, DoRA, adapters, IA3, BitFit): `method.init(...)`
     untrained is then an adapter for the rows that should see the base alone. Memory: k times the adapter, and in a
@@ -258,25 +249,23 @@ def mix(model: Model, adapters: Sequence[Tree], method: Method) -> tuple[Mixed, 
     _check_alike(adapters)
     structure, paths = jax.tree.structure(adapters[0]), list(flatten(adapters[0]))
     mask = jax.tree.leaves(method.trainable(adapters[0]))
-    base = _base_leaves(model, stacked=any(is_stacked(p) for p in paths))
+    base = flatten(stack_layers(model.params) if any(map(is_stacked, paths)) else model.params)
     own, shared = [], []
     for path, trains, *column in zip(paths, mask, *map(jax.tree.leaves, adapters), strict=True):
-        kind = {(x.shape, x.dtype.name) for x in column}
-        if len(kind) > 1:
+        first = column[0]
+        if other := next((x for x in column if x.shape != first.shape or x.dtype != first.dtype), None):
             raise ValueError(
-                f"mix: {path} is {_shape(column[0])} in the first adapter and "
-                f"{_shape(next(x for x in column if x.shape != column[0].shape or x.dtype != column[0].dtype))} in "
-                "another; adapters of one batch must agree in rank, targets and dtype"
+                f"mix: {path} is {_shape(first)} in the first adapter and {_shape(other)} in another; adapters of one "
+                "batch must agree in rank, targets and dtype"
             )
-        alike = not trains and all(_same(x, column[0]) for x in column[1:])
-        of_base = base.get(re.sub(r"/(base|blocks/[^/]+)(?=/|$)", "", path))
-        if not trains and of_base is not None and "/blocks/" not in path:
-            of_base = column[0] if isinstance(of_base, jax.ShapeDtypeStruct) else of_base
-            alike = alike and _same(column[0], of_base)
-        if of_base is not None and not trains and not alike:
+        below = base.get(re.sub(r"/(base|blocks/[^/]+)(?=/|$)", "", path))  # None: an array that the method added
+        whole = below is not None and below.shape == first.shape  # else a column block of it
+        known = below if whole else first
+        alike = not trains and all(_same(x, known) for x in column)
+        if below is not None and not trains and not alike:
             raise ValueError(f"mix: {path} does not train and is not the base's; these adapters are of another base")
         own.append(None if alike else jnp.stack(column))
-        shared.append((column[0] if of_base is None or "/blocks/" in path else of_base) if alike else None)
+        shared.append(known if alike else None)
     own, shared = jax.tree.unflatten(structure, own), jax.tree.unflatten(structure, shared)
     return Mixed(model, method, len(adapters)), Mixture(own, shared)
 
@@ -314,14 +303,17 @@ def per_adapter(tx: optax.GradientTransformation) -> optax.GradientTransformatio
     """
     inner = optax.with_extra_args_support(tx)
 
-    def update(grads, state, params=None, **extra):
-        def one(grads, state, params):
-            return inner.update(grads, state, params, **extra)
+    def init(params):
+        return jax.vmap(inner.init)(params.own)
 
-        updates, state = jax.vmap(one)(grads.own, state, None if params is None else params.own)
-        return grads._replace(own=updates), state
+    def update(updates, state, params=None, **extra):
+        def one(updates, state, params):
+            return inner.update(updates, state, params, **extra)
 
-    return optax.GradientTransformationExtraArgs(lambda params: jax.vmap(inner.init)(params.own), update)
+        new, state = jax.vmap(one)(updates.own, state, None if params is None else params.own)
+        return updates._replace(own=new), state
+
+    return optax.GradientTransformationExtraArgs(init, update)  # pyright: ignore[reportArgumentType] - of Mixtures
 
 
 def _is_hole(x: Any) -> bool:
@@ -335,6 +327,13 @@ def _spread(ids: Any, rows: int) -> jax.Array:
     if rows % len(ids):
         raise ValueError(f"the batch has {rows} rows and {len(ids)} adapter ids; bind one id a row")
     return jnp.repeat(jnp.asarray(ids), rows // len(ids))
+
+
+def _along_rows(f: Callable, cache: Cache, at: int) -> Cache:
+    """`f(array, axis of its rows)` for every array of a cache; the index has no rows."""
+    layers = jax.tree.map(lambda x: f(x, at), cache.layers)
+    source = None if cache.source is None else f(cache.source, 0)
+    return cache._replace(layers=layers, valid=f(cache.valid, 0), source=source)
 
 
 def _of_row(x: Any, number: jax.Array) -> Any:
@@ -372,8 +371,3 @@ def _shape(x: Any) -> str:
 
 def _same(x: Any, y: Any) -> bool:
     return x is y or (x.shape == y.shape and x.dtype == y.dtype and bool(jnp.array_equal(x, y)))
-
-
-def _base_leaves(model: Model, *, stacked: bool) -> dict[str, Any]:
-    """The base's leaves by path; where layers are stacked, their shapes only."""
-    return flatten(jax.eval_shape(stack_layers, model.params) if stacked else model.params)

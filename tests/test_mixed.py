@@ -35,6 +35,7 @@ QUICK = [("llama", name) for name in CASES] + [("gpt2", "lora"), ("gpt2", "prefi
 def base(family, layers=2, **options):
     changes = {"num_layers" if family == "t5" else "num_hidden_layers": layers}
     changes |= {"initializer_range": 0.5} if family in ("llama", "gpt2") else {}
+    changes |= {"tie_word_embeddings": False} if family == "t5" else {}  # tied, it writes one token for ever
     made = hub.from_config(tiny.config(family, **changes), BASES[family], **options)
     return made if options.get("quantize") else made._replace(params=tiny.roughen(made.params))
 
@@ -51,8 +52,7 @@ def shallow():
 
 
 def method_for(name, family):
-    case = bitfit() if name == "bitfit" and family == "t5" else CASES[name]
-    return chain(case, head()) if family == "bert" else case
+    return chain(CASES[name], head()) if family == "bert" else CASES[name]
 
 
 def adapters(method, model, k=K):
@@ -120,17 +120,17 @@ def test_every_family_and_method(family, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in METHODS if n not in ("proxy", "head", "adalora", "fishmask")])
 def test_every_method_of_the_table(name, llama):
-    options = {"trainable_tokens": {"ids": [5, 7]}}.get(name, {})
+    options = {"trainable_tokens": {"ids": [*range(4, 26)]}, "bitfit": {"create": True}}.get(name, {})
     method = METHODS[name](**options)
     check_forward(llama, method, adapters(method, llama))
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "prefix"])
+@pytest.mark.parametrize("name", ["dora", "prefix"])
 def test_the_scanned_layout(name, llama):
     check_forward(llama, CASES[name], [stack_layers(tree) for tree in adapters(CASES[name], llama)])
 
 
-@pytest.mark.parametrize("name", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["dora"])
 def test_over_a_quantised_base(name):
     model = base("llama", quantize="nf4")
     check_forward(model, CASES[name], adapters(CASES[name], model))
@@ -182,8 +182,7 @@ def test_generation_in_the_scanned_layout(llama):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["loop", "scan"])
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
+@pytest.mark.parametrize(("family", "layout"), [("llama", "scan"), ("gpt2", "loop"), ("t5", "loop"), ("t5", "scan")])
 @pytest.mark.parametrize("name", CASES)
 def test_generation_of_every_family_and_method(family, name, layout):
     model, method = base(family), method_for(name, family)
@@ -311,7 +310,12 @@ def test_training_together_is_training_apart(method, shallow):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
-    [*CASES.values(), lora_fa(rank=2), prefix(length=2, mlp=True, hidden=5, std=1.0), METHODS["adalora"]()],
+    [
+        *CASES.values(),
+        lora_fa(rank=2),
+        prefix(length=2, mlp=True, hidden=5, std=1.0),
+        METHODS["adalora"](rank=2, init_rank=3),
+    ],
 )
 def test_training_of_every_method(method, shallow):
     check_training(shallow, method, CLIPPED)
