@@ -10,6 +10,7 @@ from .methods import (
     method as method,
     weight_method as weight_method,
 )
+from .mixed import Mixed as Mixed, Mixture as Mixture, load_mixed as load_mixed, mix as mix, per_adapter as per_adapter
 from .tree import combine as combine, count as count, nbytes as nbytes, partition as partition
 from .weights import (
     Trained as Trained,

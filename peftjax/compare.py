@@ -262,7 +262,7 @@ def steer(
     if adapter is not None:
         tuned = tuned._replace(params=load_adapter(adapter, small).params)
         options["max_new_tokens"] = read_header(adapter)["extra"].get("config", {}).get("max_new_tokens")
-    room = min(small.max_length, tuned.max_length) - virtual_tokens(tuned.params)
+    room = min(small.max_length, tuned.room(tuned.params))
 
     def reserve(model: Model) -> int:
         return max(0, model.max_length - room)

@@ -10,11 +10,12 @@ import numpy as np
 
 from . import beam, data
 from .hub import TASKS, Model
-from .methods.base import virtual_tokens
+from .mixed import Mixed, Mixture
 from .models.layers import Cache, gather_rows, repeat_rows
 from .proxy import Proxy
 from .tree import Tree
 
+Speaker = Model | Proxy | Mixed  # what has logits of the next token
 Prompt = str | Sequence[int]
 UNFINISHED = "\ufffd"  # what tokenizers write for bytes that are no whole character yet
 
@@ -99,7 +100,7 @@ class Text(NamedTuple):
 
 
 def _start(
-    model: Model | Proxy, params: Tree, input_ids: jax.Array, attention_mask: jax.Array, room: int, pad_id: int
+    model: Speaker, params: Tree, input_ids: jax.Array, attention_mask: jax.Array, room: int, pad_id: int
 ) -> tuple[jax.Array, Text]:
     """Reads the prompts, (rows, length), with `room` columns after them; the logits are those of the next token."""
     rows, length = input_ids.shape
@@ -117,7 +118,7 @@ def _start(
 
 
 def _advance(
-    model: Model | Proxy, params: Tree, cache: Any, token: jax.Array, position: jax.Array
+    model: Speaker, params: Tree, cache: Any, token: jax.Array, position: jax.Array
 ) -> tuple[jax.Array, Any]:
     """Reads one more token a row, (rows,), at these positions."""
     if model.family.start_id is not None:
@@ -183,7 +184,7 @@ def _written(text: Text, token: jax.Array) -> Text:
     return text._replace(tokens=tokens, length=text.length + 1)
 
 
-def _read_last(model: Model | Proxy, params: Tree, text: Text) -> tuple[jax.Array, Text]:
+def _read_last(model: Speaker, params: Tree, text: Text) -> tuple[jax.Array, Text]:
     at = text.length - 1
     token = jax.lax.dynamic_index_in_dim(text.tokens, at, axis=1, keepdims=False)
     logits, cache = _advance(model, params, text.cache, token, at + text.shift)
@@ -202,7 +203,7 @@ def _row_keys(how: Decoding, key: jax.Array | None, rows: int) -> jax.Array | No
     return key if key.shape else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(rows))
 
 
-def decoder(model: Model | Proxy, how: Decoding, pad_id: int = 0) -> Callable[..., jax.Array]:
+def decoder(model: Speaker, how: Decoding, pad_id: int = 0) -> Callable[..., jax.Array]:
     """A jitted function that continues prompts: (params, input_ids, attention_mask, key=None) -> new tokens.
 
     It compiles once for each shape of prompts. The prompts are (batch, length), padded on the left, or for an encoder,
@@ -293,7 +294,7 @@ class Writer:
       ValueError: from `decoder`; and from all calls, prompts that are empty or leave no room for the new tokens.
     """
 
-    def __init__(self, model: Model | Proxy, tokenizer: Any, how: Decoding, decode: Callable | None = None):
+    def __init__(self, model: Speaker, tokenizer: Any, how: Decoding, decode: Callable | None = None):
         self.model, self.tokenizer, self.how = model, tokenizer, how
         self.pad_id = tokenizer.pad_token_id or 0
         self._decode = decode or decoder(model, how, self.pad_id)
@@ -324,8 +325,10 @@ class Writer:
         texts: dict[int, str] = {}
         for batch in data.batches(examples, rows, buckets, pad_id=self.pad_id, side="left"):
             real = batch["index"] >= 0
-            own = None if keys is None else keys[np.where(real, batch["index"], batch["index"][0])]
-            new = np.asarray(self._decode(params, batch["input_ids"], batch["attention_mask"], own))
+            at = np.where(real, batch["index"], batch["index"][0])
+            mine = params.rows(at, len(examples)) if isinstance(params, Mixture) else params
+            own = None if keys is None else keys[at]
+            new = np.asarray(self._decode(mine, batch["input_ids"], batch["attention_mask"], own))
             for i, row in zip(batch["index"][real].tolist(), new[real].tolist(), strict=True):
                 end = next((j for j, t in enumerate(row) if t in self.how.stop), len(row))
                 text = self.tokenizer.decode(row[:end], skip_special_tokens=True)
@@ -387,10 +390,7 @@ class Writer:
 
     def room(self, params: Tree) -> int:
         """The longest prompt in tokens."""
-        trees = params if isinstance(params, tuple) else (params,)  # a proxy has three
-        taken = max(virtual_tokens(tree) for tree in trees)
-        new = 0 if self.model.family.start_id is not None else self.how.max_new_tokens
-        return self.model.family.max_length(self.model.config) - taken - new
+        return self.model.room(params) - (0 if self.model.family.start_id is not None else self.how.max_new_tokens)
 
     def _encode(self, params: Tree, prompts: Sequence[Prompt]) -> list[list[int]]:
         encodes, bos = self.model.family.start_id is not None, self.tokenizer.bos_token_id
@@ -448,7 +448,7 @@ def _common(a: str, b: str) -> int:
 
 
 def complete(
-    model: Model | Proxy,
+    model: Speaker,
     params: Tree,
     tokenizer: Any,
     prompts: Sequence[Prompt],
@@ -457,10 +457,8 @@ def complete(
     key: jax.Array | None = None,
     until: Sequence[str] = (),
     batch_size: int = 32,
-    decode: Callable[..., jax.Array] | None = None,
 ) -> list[str]:
     """What the model writes after each prompt, cut before the first of the texts in `until`.
-
 
     Each call compiles; a `Writer` that is called again does not.
 
@@ -473,7 +471,7 @@ def complete(
 
 
 def stream(
-    model: Model | Proxy,
+    model: Speaker,
     params: Tree,
     tokenizer: Any,
     prompt: Prompt,

@@ -25,7 +25,6 @@ from . import hub
 from .checkpoint import load_adapter
 from .generate import Decoding, complete
 from .likelihood import Likelihood
-from .methods.base import virtual_tokens
 from .run import check_writable
 from .tree import Tree
 
@@ -83,7 +82,7 @@ class PeftjaxLM(TemplateLM):
         self.encodes = model.family.start_id is not None
         self.backend = "seq2seq" if self.encodes else "causal"  # how TemplateLM cuts pairs
         self.batch_size = int(batch_size)
-        room = model.max_length - (virtual_tokens(self.params) if isinstance(self.params, dict) else 0)
+        room = model.room(self.params)
         self.max_length = min(int(max_length or room), room)
         self._likely = Likelihood(model, tokenizer.pad_token_id or 0, self.batch_size)
         self._key = jax.random.key(seed)

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from . import quantize as quantization
 from .layout import is_stacked, unstack_layers
-from .methods.base import Site, select
+from .methods.base import Site, select, virtual_tokens
 from .models import FAMILIES, Family
 from .models.base import read_config
 from .models.layers import Cache, Output
@@ -126,6 +126,10 @@ class Model(NamedTuple):
     def max_length(self) -> int:
         """Longest text in tokens."""
         return self.family.max_length(self.config)
+
+    def room(self, params: Tree) -> int:
+        """Longest text in tokens after the virtual ones of these parameters."""
+        return self.max_length - virtual_tokens(params)
 
 
 def load(

@@ -82,7 +82,7 @@ class Likelihood:
         if not examples:
             return []
         lengths = [len(e.input_ids) for e in examples]
-        room, longest = self.model.max_length + (not encodes), int(np.argmax(lengths))  # the last token is not read
+        room, longest = self.model.room(params) + (not encodes), int(np.argmax(lengths))  # the last token is not read
         if lengths[longest] > room:
             raise ValueError(f"pair {longest} has {lengths[longest]} tokens; the model has room for {room}")
         out: dict[int, Likely] = {}

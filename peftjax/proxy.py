@@ -60,6 +60,10 @@ class Proxy(NamedTuple):
     def max_length(self) -> int:
         return min(m.max_length for m in (self.base, self.expert, self.antiexpert))
 
+    def room(self, params: tuple[Tree, Tree, Tree]) -> int:
+        """Longest text in tokens: what all three have room for after their virtual ones."""
+        return min(m.room(p) for m, p in zip((self.base, self.expert, self.antiexpert), params, strict=True))
+
 
 def proxy(base: Model, expert: Model, antiexpert: Model, alpha: float = 1.0) -> Proxy:
     """Decodes with `softmax(s_M + alpha (s_M+ - s_M-))`: Liu et al. 2024 (arXiv:2401.08565), section 2, equation 1.

@@ -138,6 +138,10 @@ class Weight:
         """`x @ W.T`, the head tied to an embedding."""
         return jax.checkpoint(lambda w, x: _attend(w.materialize(), x))(self, x)
 
+    def ready(self) -> "Weight":
+        """The node with what all its products compute of its own arrays computed once; any number of layers."""
+        return self
+
     def compact(self) -> Any:
         """The node as an adapter file holds it, without what adds nothing; asked of one layer, outside of a trace."""
         return self

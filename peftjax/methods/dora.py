@@ -46,26 +46,52 @@ class DoRA(Weight):
         square = (w * w).sum(-2) + ((2 * self.scale) * cross * b + self.scale**2 * inner * b).sum(-2)
         return self.magnitude / jnp.sqrt(jnp.maximum(square, jnp.finfo(jnp.float32).tiny))
 
+    def ready(self):
+        return Stretched(self, self.stretch())
+
     def materialize(self):
-        v = low_rank_sum(self)
-        return (self.stretch()[..., None, :] * v.astype(jnp.float32)).astype(self.dtype)
+        return self.ready().materialize()
 
     def dot(self, x):
-        a, b, c = self.a.astype(x.dtype), self.b.astype(x.dtype), self.stretch()
-        dropped = drop(x, self.key, self.dropout)
-        y = dot(self.base, dropped)
-        changed = _times(c, y + self.scale * ((dropped @ a) @ b))
-        return changed if dropped is x else dot(self.base, x) - y + changed
+        return self.ready().dot(x)
 
     def take(self, ids):
-        rows = take(self.base, ids)
-        return _times(self.stretch(), rows + (self.scale * (self.a[ids] @ self.b)).astype(rows.dtype))
+        return self.ready().take(ids)
 
     def attend(self, x):
-        if self.only == "take":
-            return attend(self.base, x)
-        x = _times(self.stretch(), x)
-        return attend(self.base, x) + self.scale * attend(self.a, attend(self.b, x))
+        return self.ready().attend(x)
+
+
+@node
+class Stretched(Weight):
+    """A DoRA with what its products have in common: `factor`, the `stretch` of each column."""
+
+    base: DoRA
+    factor: jax.Array
+
+    def materialize(self):
+        v = low_rank_sum(self.base)
+        return (self.factor[..., None, :] * v.astype(jnp.float32)).astype(self.dtype)
+
+    def dot(self, x):
+        w = self.base
+        a, b = w.a.astype(x.dtype), w.b.astype(x.dtype)
+        dropped = drop(x, w.key, w.dropout)
+        y = dot(w.base, dropped)
+        changed = _times(self.factor, y + w.scale * ((dropped @ a) @ b))
+        return changed if dropped is x else dot(w.base, x) - y + changed
+
+    def take(self, ids):
+        w = self.base
+        rows = take(w.base, ids)
+        return _times(self.factor, rows + (w.scale * (w.a[ids] @ w.b)).astype(rows.dtype))
+
+    def attend(self, x):
+        w = self.base
+        if w.only == "take":
+            return attend(w.base, x)
+        x = _times(self.factor, x)
+        return attend(w.base, x) + w.scale * attend(w.a, attend(w.b, x))
 
 
 def _times(c: jax.Array, y: jax.Array) -> jax.Array:
