@@ -117,9 +117,7 @@ def _start(
     return out.logits[:, -1], Text(tokens, jnp.int32(read.shape[1]), shift, out.cache)
 
 
-def _advance(
-    model: Speaker, params: Tree, cache: Any, token: jax.Array, position: jax.Array
-) -> tuple[jax.Array, Any]:
+def _advance(model: Speaker, params: Tree, cache: Any, token: jax.Array, position: jax.Array) -> tuple[jax.Array, Any]:
     """Reads one more token a row, (rows,), at these positions."""
     if model.family.start_id is not None:
         out: Any = model.forward(params, {"decoder_input_ids": token[:, None]}, cache=cache, last_only=True)

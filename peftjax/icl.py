@@ -324,7 +324,7 @@ class Scorer:
             self.writer = Writer(p.model, p.tokenizer, how, lambda params, ids, mask, key: self._ask(params, ids, mask))
 
     def __call__(self, asked: Asked) -> dict:
-        bench, p = self.bench, self.bench.problem
+        bench = self.bench
         n = len(bench.items)
         if asked.pairs:
             found = self.likelihood(self.params, asked.pairs)
