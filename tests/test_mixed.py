@@ -11,7 +11,7 @@ import tiny
 
 from peftjax import chain, combine, hub, load_mixed, mix, partition, per_adapter, stack_layers
 from peftjax.checkpoint import save_adapter
-from peftjax.generate import Decoding, complete, greedy
+from peftjax.generate import Decoding, complete, decoder
 from peftjax.methods import METHODS, adapter, bitfit, dora, head, ia3, lora, lora_fa, prefix, prompt
 from peftjax.tree import flatten
 from peftjax.weights import is_node
@@ -147,9 +147,9 @@ def prompts_for(model):
 def check_generation(model, method, trees, ends=False):
     mixed, params = mix(model, trees, method)
     ids, mask = prompts_for(model)
-    free: jax.stages.Wrapped = greedy(mixed, NEW, None, PAD)  # pyright: ignore[reportAssignmentType] - it is jitted
+    free: jax.stages.Wrapped = decoder(mixed, Decoding(NEW), PAD)  # pyright: ignore[reportAssignmentType] - it is jitted
     got = np.asarray(free(mixed.bind(params, IDS), ids, mask))
-    alone = greedy(model, NEW, None, PAD)
+    alone = decoder(model, Decoding(NEW), PAD)
     each = [np.asarray(alone(method.resolve(tree, None), ids, mask)) for tree in trees]
     for row, i in enumerate(IDS):
         assert got[row].tolist() == each[i][row].tolist()
@@ -159,7 +159,7 @@ def check_generation(model, method, trees, ends=False):
     assert free._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue] - jax has no public counter
     if ends:
         eos = int(got[0, 3])  # a token that does come up
-        ended = np.asarray(greedy(mixed, NEW, eos, PAD)(mixed.bind(params, IDS), ids, mask))
+        ended = np.asarray(decoder(mixed, Decoding(NEW, stop=(eos,)), PAD)(mixed.bind(params, IDS), ids, mask))
         for row, tokens in zip(ended.tolist(), got.tolist(), strict=True):
             end = tokens.index(eos) + 1 if eos in tokens else NEW
             assert row == tokens[:end] + [PAD] * (NEW - end)
