@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -204,8 +204,8 @@ def _row_keys(how: Decoding, key: jax.Array | None, rows: int) -> jax.Array | No
 def decoder(model: Speaker, how: Decoding, pad_id: int = 0) -> Callable[..., jax.Array]:
     """A jitted function that continues prompts: (params, input_ids, attention_mask, key=None) -> new tokens.
 
-    It compiles once for each shape of prompts. The prompts are (batch, length), padded on the left, or for an encoder,
-    beside which the decoder begins with its start token, on either side. The new tokens are
+    It compiles once for each shape of prompts. The prompts are (batch, length), padded on the left; for an encoder,
+    beside which the decoder begins with its start token, on the right (`padding_side`). The new tokens are
     (batch, max_new_tokens) int32; a row ends with a token of `how.stop`, and is filled up with `pad_id`. The loop ends
     when all rows have. Methods must be resolved (`method.resolve(params, None)`); prefixes are included.
 
@@ -272,6 +272,11 @@ def decoder(model: Speaker, how: Decoding, pad_id: int = 0) -> Callable[..., jax
     return generate
 
 
+def padding_side(model: Model | Proxy) -> Literal["left", "right"]:
+    """Where prompts are padded: a decoder writes on after their ends; an encoder has its virtual tokens before them."""
+    return "left" if model.family.start_id is None else "right"
+
+
 def _each_cache(change: Callable[[Cache], Cache], caches: Any) -> Any:
     return jax.tree.map(change, caches, is_leaf=lambda x: isinstance(x, Cache))
 
@@ -321,7 +326,7 @@ class Writer:
         buckets = data.bucket_lengths(lengths, multiple=1)
         rows = min(batch_size, _power_of_two(len(examples)))
         texts: dict[int, str] = {}
-        for batch in data.batches(examples, rows, buckets, pad_id=self.pad_id, side="left"):
+        for batch in data.batches(examples, rows, buckets, pad_id=self.pad_id, side=padding_side(self.model)):
             real = batch["index"] >= 0
             at = np.where(real, batch["index"], batch["index"][0])
             mine = params.rows(at, len(examples)) if isinstance(params, Mixture) else params
@@ -336,7 +341,7 @@ class Writer:
     def stream(
         self, params: Tree, prompt: Prompt, *, key: jax.Array | None = None, until: Sequence[str] = ()
     ) -> Iterator[str]:
-        """The text piece by piece, as it comes; together they are what `complete` writes.
+        """The text piece by piece, as it comes; together they are what `complete` writes after this prompt alone.
 
         Bytes that are no whole character yet, and what may be the beginning of a text in `until`, are held back.
 
@@ -349,9 +354,8 @@ class Writer:
         (ids,) = self._encode(params, [prompt])
         keys = _row_keys(self.how, key, 1)
         length = self._bucket(params, len(ids))
-        row, mask = np.full((1, length), self.pad_id, np.int32), np.zeros((1, length), np.int32)
-        row[0, length - len(ids) :], mask[0, length - len(ids) :] = ids, 1
-        return self._pieces(params, row, mask, keys, until)
+        (batch,) = data.batches([data.Example(ids)], 1, [length], pad_id=self.pad_id, side=padding_side(self.model))
+        return self._pieces(params, batch["input_ids"], batch["attention_mask"], keys, until)
 
     def _pieces(self, params, row, mask, keys, until):
         new, shown = [], ""

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from . import data, hub
-from .generate import Decoding, check, decoder
+from .generate import Decoding, check, decoder, padding_side
 from .hub import Model
 from .likelihood import Likelihood
 from .metrics import check_metrics, score
@@ -375,7 +375,7 @@ class Evaluator:
         few = max(1, min(3, len(p.prompts) // self._rows))  # each length costs a compilation
         buckets = data.bucket_lengths([len(e.input_ids) for e in p.prompts], few)
         texts: dict[int, str] = {}
-        for batch in data.batches(p.prompts, self._rows, buckets, pad_id=p.pad_id, side="left"):
+        for batch in data.batches(p.prompts, self._rows, buckets, pad_id=p.pad_id, side=padding_side(p.model)):
             tokens = np.asarray(self._generate(params, batch["input_ids"], batch["attention_mask"]))
             decoded = p.tokenizer.batch_decode(_until_end(tokens, p.tokenizer.eos_token_id), skip_special_tokens=True)
             texts.update((i, t.strip()) for i, t in zip(batch["index"].tolist(), decoded, strict=True) if i >= 0)
