@@ -12,7 +12,7 @@ import tiny
 from peftjax import chain, combine, hub, load_mixed, mix, partition, per_adapter, stack_layers
 from peftjax.checkpoint import save_adapter
 from peftjax.generate import Decoding, complete, greedy
-from peftjax.methods import METHODS, adapter, bitfit, dora, head, ia3, lora, lora_fa, prefix, prompt
+from peftjax.methods import METHODS, adalora, adapter, bitfit, dora, head, ia3, lora, lora_fa, prefix, prompt
 from peftjax.tree import flatten
 from peftjax.weights import is_node
 
@@ -314,7 +314,7 @@ def test_training_together_is_training_apart(method, shallow):
         *CASES.values(),
         lora_fa(rank=2),
         prefix(length=2, mlp=True, hidden=5, std=1.0),
-        METHODS["adalora"](rank=2, init_rank=3),
+        adalora(2, 3),
     ],
 )
 def test_training_of_every_method(method, shallow):
