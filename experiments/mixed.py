@@ -35,7 +35,7 @@ from peftjax.methods import METHODS
 
 OUT = Path(__file__).parents[1] / "experiments/results/mixed"
 # GPT-2 small has 12 layers of width 768; these are the width of a third and a quarter of the layers.
-SMALL_GPT2: dict[str, Any] = {"n_embd": 256, "n_layer": 3, "n_head": 4, "vocab_size": 8192, "n_positions": 256}
+SMALL_GPT2: dict[str, Any] = {"n_embd": 256, "n_layer": 3, "n_head": 4, "vocab_size": 4096, "n_positions": 256}
 WAYS = ("mixed", "loop", "single")
 
 
@@ -50,7 +50,7 @@ class Settings:
     rows: int = 16
     length: int = 64  # of a text to train on; half of it is a prompt
     new_tokens: int = 16
-    repeats: int = 7
+    repeats: int = 15
     out: Path = OUT
 
 
@@ -68,7 +68,7 @@ def main(settings: Settings) -> None:
 
 def load(name: str) -> Model:
     if name == "gpt2-like":
-        return hub.from_config(transformers.GPT2Config(**SMALL_GPT2), "causal-lm")
+        return hub.from_config(transformers.GPT2Config(**SMALL_GPT2, bos_token_id=0, eos_token_id=0), "causal-lm")
     return hub.load(name, "causal-lm")
 
 
@@ -149,25 +149,35 @@ def trainers(mixed, params, method, trees) -> tuple[Callable, Callable]:
     )
 
 
-def take_turns(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each, the ways one after another in each turn; the first turn compiles and does not count."""
+def take_turns(functions: dict[str, Callable[[], Any]], repeats: int) -> dict[str, Any]:
+    """Seconds of each in every turn, the ways one after another; the first turn compiles and does not count."""
     seconds = {name: [] for name in functions}
     for turn in range(repeats + 1):
         for name, f in functions.items():
             start = time.perf_counter()
             jax.block_until_ready(f())
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+                seconds[name].append(round(time.perf_counter() - start, 5))
+    return seconds
 
 
 def say(record: dict) -> str:
+    """A line of the table; ratios are medians over turns, which what else the machine does moves less than times."""
     s = record["seconds"]
-    ms = " | ".join(f"{1000 * s[way]:.1f}" for way in WAYS)
-    return (
-        f"| {record['model']} | {record['what']} | {record['adapters']} | {ms} | {s['loop'] / s['mixed']:.2f} | "
-        f"{s['mixed'] / s['single']:.2f} |"
-    )
+
+    def ratio(a, b):
+        return f"{statistics.median(x / y for x, y in zip(s[a], s[b], strict=True)):.2f}"
+
+    ms = " | ".join(f"{1000 * statistics.median(s[way]):.1f}" for way in WAYS)
+    columns = [
+        record["model"],
+        record["what"],
+        record["adapters"],
+        ms,
+        ratio("loop", "mixed"),
+        ratio("mixed", "single"),
+    ]
+    return f"| {' | '.join(map(str, columns))} |"
 
 
 def write(settings: Settings, records: list[dict]) -> None:
@@ -183,8 +193,8 @@ def write(settings: Settings, records: list[dict]) -> None:
     text = [
         "# Mixed-adapter batches: time",
         f"{s.method}, rank {s.rank}, on all linear weights; {s.rows} rows of {s.length} tokens (generation: prompts of "
-        f"{s.length // 2}, {s.new_tokens} new tokens). Medians of {s.repeats} turns, the ways taking turns in one "
-        f"process. jax {facts['jax']}, {facts['device']}. `python experiments/mixed.py`.",
+        f"{s.length // 2}, {s.new_tokens} new tokens). Medians of {s.repeats} turns, the three ways one after another in "
+        f"each; ratios are medians of each turn's. jax {facts['jax']}, {facts['device']}. `python experiments/mixed.py`.",
         "`loop / mixed` is how much faster the mixed batch is than a loop over the adapters with each one's rows; "
         "`mixed / single` is the price of mixing, against one adapter for the same rows.",
     ]

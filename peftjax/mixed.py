@@ -257,10 +257,10 @@ def mix(model: Model, adapters: Sequence[Tree], method: Method) -> tuple[Mixed, 
     own, shared = [], []
     for path, trains, *column in zip(paths, mask, *map(jax.tree.leaves, adapters), strict=True):
         first = column[0]
-        if other := next((x for x in column if x.shape != first.shape or x.dtype != first.dtype), None):
+        if different := [x for x in column if x.shape != first.shape or x.dtype != first.dtype]:
             raise ValueError(
-                f"mix: {path} is {_shape(first)} in the first adapter and {_shape(other)} in another; adapters of one "
-                "batch must agree in rank, targets and dtype"
+                f"mix: {path} is {_shape(first)} in the first adapter and {_shape(different[0])} in another; adapters "
+                "of one batch must agree in rank, targets and dtype"
             )
         below = base.get(re.sub(r"/(base|blocks/[^/]+)(?=/|$)", "", path))  # None: an array that the method added
         whole = below is not None and below.shape == first.shape  # else a column block of it
