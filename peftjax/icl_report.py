@@ -94,7 +94,8 @@ def write(lines: Sequence[dict], title: str, facts: Sequence[str], folder: Path)
     out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False, caption=answer or None)
     for column in wide:
         name = column == "method"
-        out.add_column(column, justify="left" if name else "right", overflow="fold")
+        width = None if name else max(len(text[column]) for text in texts)  # headers may wrap, numbers not
+        out.add_column(column, justify="left" if name else "right", overflow="fold", min_width=width)
     for text in texts:
         out.add_row(*(Text(text[c]) for c in wide))
     return (out,)
