@@ -105,14 +105,23 @@ class Log:
         wanted = list(dict.fromkeys(i for i in ids if i not in self.used))
         allowed = set(wanted[: self.left])
         missing = {i: r for i, r in zip(ids, requests, strict=True) if i in allowed and i not in self._known}
-        with ThreadPoolExecutor(self.parallel) as pool:
-            futures = [pool.submit(self._ask, i, r) for i, r in missing.items()]
+        stop = threading.Event()
+
+        def ask(id: str, request: Request) -> None:
+            try:
+                if not stop.is_set():
+                    self._ask(id, request)
+            except BaseException:
+                stop.set()
+                raise
+
+        with ThreadPoolExecutor(self.parallel) as pool:  # its end waits for those under way
+            futures = [pool.submit(ask, i, r) for i, r in missing.items()]
             try:
                 for future in futures:
                     future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # those under way end, and are written
-                raise
+            finally:
+                stop.set()
         self.used |= {i: self._known[i] for i in wanted if i in allowed}
         return [self.used.get(i) for i in ids]
 
