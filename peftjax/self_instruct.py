@@ -143,6 +143,10 @@ def run(
         _instructions(log, seeds, s, tasks, counts["instructions"], say)
         _examples(log, seeds, s, tasks, lines, counts, say)
     except (ValueError, KeyboardInterrupt) as e:
+        log.offline = True
+        for made in (lines, counts["classification"], counts["instances"]):
+            made.clear()
+        _examples(log, seeds, s, tasks, lines, counts, lambda text: None)  # what the replies so far give
         what = (
             f"{str(e) or 'interrupted'}; what there is so far is in {out}: the command, given again, goes on from there"
         )

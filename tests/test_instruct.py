@@ -664,17 +664,29 @@ def test_an_interrupted_run(tmp_path, seeds):
             raise KeyboardInterrupt
         return replies._parse(endpoint.content(prompt, zlib.crc32(prompt.encode())))
 
-    def run():
-        settings = self_instruct.Settings(number=20)
+    def run(number=20):
+        settings = self_instruct.Settings(number=number)
         return self_instruct.run(tmp_path, self_instruct.read_seeds(seeds), generate, "m", settings, say=lambda _: None)
 
     with pytest.raises(KeyboardInterrupt, match=r"^interrupted; what there is so far is in"):
         run()
     assert len(lines_of(tmp_path / "instructions.jsonl")) == 20
+    assert not lines_of(tmp_path / "examples.jsonl")
+    most[0] = len(asked) + 9 + 5  # the other classifications of the first sixteen, and some instances
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    first = lines_of(tmp_path / "examples.jsonl")
+    assert 0 < len(first) < 12
     most[0] = 10**6
     assert len(run().lines) == len(lines_of(tmp_path / "examples.jsonl")) >= 10
-    assert max(Counter(asked).values()) == 2  # the one that was under way
-    assert len(lines_of(tmp_path / "replies.jsonl")) == len(asked) - 1
+    assert max(Counter(asked).values()) == 2  # one that was under way
+    assert len(lines_of(tmp_path / "replies.jsonl")) == len(asked) - 2
+    whole = lines_of(tmp_path / "examples.jsonl")
+    assert whole[: len(first)] == first
+    most[0] = 0
+    with pytest.raises(KeyboardInterrupt):
+        run(number=60)
+    assert lines_of(tmp_path / "examples.jsonl")[: len(whole)] == whole  # a larger run that fails loses nothing
 
 
 def test_a_model_of_no_use_is_given_up(tmp_path, seeds, call):
