@@ -85,6 +85,7 @@ class Log:
         say: Callable[[str], None] = print,
     ):
         self.file, self.generate, self.model, self.parallel, self.most = file, generate, model, parallel, most
+        self.offline = False  # True: what the file lacks is not asked, and is None
         self.used: dict[str, Reply] = {}
         self.asked = 0
         self._lock = threading.Lock()
@@ -97,22 +98,31 @@ class Log:
         return None if self.most is None else max(0, self.most - len(self.used))
 
     def ask(self, requests: Sequence[Request]) -> list[Reply | None]:
-        """The replies, in order; None where the limit of requests is reached.
+        """The replies, in order; None where the limit of requests is reached, or offline.
 
         An error of the generator is raised after the replies under way have been written down.
         """
         ids = [r.id(self.model) for r in requests]
         wanted = list(dict.fromkeys(i for i in ids if i not in self.used))
-        allowed = set(wanted[: self.left])
+        allowed = {i for i in wanted[: self.left] if not self.offline or i in self._known}
         missing = {i: r for i, r in zip(ids, requests, strict=True) if i in allowed and i not in self._known}
-        with ThreadPoolExecutor(self.parallel) as pool:
-            futures = [pool.submit(self._ask, i, r) for i, r in missing.items()]
+        stop = threading.Event()
+
+        def ask(id: str, request: Request) -> None:
+            try:
+                if not stop.is_set():
+                    self._ask(id, request)
+            except BaseException:
+                stop.set()
+                raise
+
+        with ThreadPoolExecutor(self.parallel) as pool:  # its end waits for those under way
+            futures = [pool.submit(ask, i, r) for i, r in missing.items()]
             try:
                 for future in futures:
                     future.result()
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # those under way end, and are written
-                raise
+            finally:
+                stop.set()
         self.used |= {i: self._known[i] for i in wanted if i in allowed}
         return [self.used.get(i) for i in ids]
 

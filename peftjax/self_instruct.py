@@ -143,7 +143,13 @@ def run(
         _instructions(log, seeds, s, tasks, counts["instructions"], say)
         _examples(log, seeds, s, tasks, lines, counts, say)
     except (ValueError, KeyboardInterrupt) as e:
-        what = f"{e or 'interrupted'}; what there is so far is in {out}: give the same command again to go on"
+        log.offline = True
+        for made in (lines, counts["classification"], counts["instances"]):
+            made.clear()
+        _examples(log, seeds, s, tasks, lines, counts, lambda text: None)  # what the replies so far give
+        what = (
+            f"{str(e) or 'interrupted'}; what there is so far is in {out}: the command, given again, goes on from there"
+        )
         raise (ValueError(what) if isinstance(e, ValueError) else KeyboardInterrupt(what)) from None
     finally:
         found = Found(lines, _statistics(log, tasks, lines, counts, prices))
@@ -471,7 +477,7 @@ def _statistics(
         "prompt tokens": read,
         "completion tokens": written,
         "cost": round((read * prices[0] + written * prices[1]) / 1e6, 6),
-        "counts": {k: dict(sorted(c.items())) for k, c in counts.items()},
+        "counts": {k: {reason: n for reason, n in sorted(c.items()) if n} for k, c in counts.items()},
     }
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -615,7 +616,7 @@ def test_an_endpoint_that_refuses(tmp_path, seeds, serve, call, status, monkeypa
     assert code == 1
     assert err.count("\n") == 1
     assert said in err
-    assert "give the same command again to go on" in err
+    assert "the command, given again, goes on from there" in err
     assert KEY not in err
     if status != "refused":
         assert max(attempts.values()) == (1 if status in (401, 404, "patience") else 2)
@@ -651,6 +652,41 @@ def test_what_a_reply_may_hold():
         rb'{"choices": [{"message": {"content": "\ud800 a"}, "finish_reason": "length"}], "created": 1700000000000}'
     )
     assert replies._parse(answer) == Reply("? a", "length")  # half a pair; milliseconds
+
+
+def test_an_interrupted_run(tmp_path, seeds):
+    endpoint, asked, most = object.__new__(Endpoint), [], [12]
+    endpoint.trouble = False
+
+    def generate(prompt, params):
+        asked.append(prompt)
+        if len(asked) > most[0]:
+            raise KeyboardInterrupt
+        return replies._parse(endpoint.content(prompt, zlib.crc32(prompt.encode())))
+
+    def run(number=20):
+        settings = self_instruct.Settings(number=number)
+        return self_instruct.run(tmp_path, self_instruct.read_seeds(seeds), generate, "m", settings, say=lambda _: None)
+
+    with pytest.raises(KeyboardInterrupt, match=r"^interrupted; what there is so far is in"):
+        run()
+    assert len(lines_of(tmp_path / "instructions.jsonl")) == 20
+    assert not lines_of(tmp_path / "examples.jsonl")
+    most[0] = len(asked) + 9 + 5  # the other classifications of the first sixteen, and some instances
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    first = lines_of(tmp_path / "examples.jsonl")
+    assert 0 < len(first) < 12
+    most[0] = 10**6
+    assert len(run().lines) == len(lines_of(tmp_path / "examples.jsonl")) >= 10
+    assert max(Counter(asked).values()) == 2  # one that was under way
+    assert len(lines_of(tmp_path / "replies.jsonl")) == len(asked) - 2
+    whole = lines_of(tmp_path / "examples.jsonl")
+    assert whole[: len(first)] == first
+    most[0] = 0
+    with pytest.raises(KeyboardInterrupt):
+        run(number=60)
+    assert lines_of(tmp_path / "examples.jsonl")[: len(whole)] == whole  # a larger run that fails loses nothing
 
 
 def test_a_model_of_no_use_is_given_up(tmp_path, seeds, call):
