@@ -306,7 +306,7 @@ def test_noise_has_the_papers_bound_and_variance(key):
     assert not e[0, 70:].any()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_noise_is_added_to_what_is_looked_up(family, key):
     """The model with noise is the model whose table has it, one row a token; evaluating there is none."""
     model = hub.from_config(tiny.config(family), "encoder" if family == "bert" else "generation", seed=None)
