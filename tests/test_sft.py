@@ -449,6 +449,11 @@ def shared_problem():
     return prepare("tiny-books", task, source, chat_template=sft.template("plain"), pack=True, max_length=128)
 
 
+def test_a_chat_template_where_there_are_no_conversations():
+    with pytest.raises(ValueError, match="a chat template is for conversations; e2e has prompts of its own"):
+        prepare("no-such-model", "e2e", "no-such-folder", chat_template=UNMARKED)
+
+
 @needs_shared
 def test_shared_instructions_fit_the_bundled_base(shared_problem):
     problem = shared_problem
