@@ -306,7 +306,7 @@ def test_noise_has_the_papers_bound_and_variance(key):
     assert not e[0, 70:].any()
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", pytest.param("t5", marks=pytest.mark.slow)])
 def test_noise_is_added_to_what_is_looked_up(family, key):
     """The model with noise is the model whose table has it, one row a token; evaluating there is none."""
     model = hub.from_config(tiny.config(family), "encoder" if family == "bert" else "generation", seed=None)
@@ -447,6 +447,11 @@ def shared_problem():
     task = TASKS["sft"]._replace(chats=Chats(cap=60), new_tokens=4)
     source = f"{where}/dolly_sample.jsonl,{where}/gpteacher_roleplay.jsonl=0.5"
     return prepare("tiny-books", task, source, chat_template=sft.template("plain"), pack=True, max_length=128)
+
+
+def test_a_chat_template_where_there_are_no_conversations():
+    with pytest.raises(ValueError, match="a chat template is for conversations; e2e has prompts of its own"):
+        prepare("no-such-model", "e2e", "no-such-folder", chat_template=UNMARKED)
 
 
 @needs_shared
