@@ -430,16 +430,20 @@ def encode_choices(
         right.append(answers.index(row[task.target]))
         texts.append(answers)
         spread += [{**row, task.target: answer} for answer in answers]
-    encoded = encode(task, spread, tokenizer, None, max_length, for_encoder=for_encoder)
-    flat, examples = iter(encoded.examples), []
+    encode_ = _encode_pairs if for_encoder else _encode_texts
+    flat, lengths = encode_(task, spread, tokenizer, max_length, False)
+    examples, longest, at = [], [], 0
     for answers, label, row in zip(texts, right, rows, strict=True):
-        each = [next(flat) for _ in answers]
-        tails = [(e.target_ids if for_encoder else e.input_ids[e.loss_mask.index(1) :])[:-1] for e in each]  # no EOS
-        heads = [e.input_ids if for_encoder else e.input_ids[: e.loss_mask.index(1)] for e in each]
-        shortest = min(heads, key=len)  # the answers' lengths may have cut it, from the left
+        each, part = flat[at : at + len(answers)], lengths[at : at + len(answers)]
+        at += len(answers)
+        cuts = [len(e.input_ids) - sum(e.loss_mask or []) for e in each]  # where the answer begins; not of an encoder
+        tails = [(e.target_ids or e.input_ids[cut:])[:-1] for e, cut in zip(each, cuts, strict=True)]  # no EOS
+        heads = [e.input_ids[:cut] for e, cut in zip(each, cuts, strict=True)]
+        shortest = min(heads, key=len)  # a long answer may have cut it, from the left
         choices = list(zip(answers, tails, strict=True))
         examples.append(Example(shortest, label=label, references=[row[task.target]], choices=choices))
-    return Encoded(examples, encoded.truncated, encoded.longest)
+        longest.append(max(part))
+    return Encoded(examples, truncated=sum(n > max_length for n in longest), longest=max(longest))
 
 
 def _too_long(task: Task, lengths: Sequence[int], limit: int) -> list[int]:

@@ -12,10 +12,9 @@ from typing import Any
 import jax
 
 try:
-    from lm_eval import simple_evaluate
-    from lm_eval.api.instance import Instance
     from lm_eval.api.model import TemplateLM
     from lm_eval.api.registry import register_model
+    from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
 except ImportError as e:
@@ -42,7 +41,7 @@ class PeftjaxLM(TemplateLM):
     Beside an encoder, the context is the encoder's, and of a document's later windows the token before them.
 
     Args:
-      model: folder or hub name, or a model with the `params` and `tokenizer` to use.
+      model: folder or hub name, or a model-like value with the `params` and `tokenizer` to use.
       adapter: file of an adapter that was trained on the model.
       quantize, dtype, param_dtype: as for `peftjax.hub.load`.
       batch_size: requests at once.
@@ -73,7 +72,7 @@ class PeftjaxLM(TemplateLM):
             raise ValueError(f"the peftjax model takes no {sorted(given)}; JAX chooses the device, batch_size is fixed")
         if isinstance(model, str | Path):
             tokenizer = tokenizer or hub.load_tokenizer(model)
-            dtypes = {"dtype": jax.numpy.dtype(dtype), "param_dtype": jax.numpy.dtype(param_dtype)}
+            dtypes: dict[str, Any] = {"dtype": jax.numpy.dtype(dtype), "param_dtype": jax.numpy.dtype(param_dtype)}
             model = hub.load(model, "generation", quantize=quantize, **dtypes)
         if adapter is not None:
             params = load_adapter(adapter, model).params
@@ -133,7 +132,7 @@ class PeftjaxLM(TemplateLM):
                     self.cache_hook.add_partial("loglikelihood", requests[i][0], found[-1])
         return found
 
-    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         totals = []
         for (text,) in (r.args for r in requests):
             ids = self.tok_encode(text, add_special_tokens=False)
@@ -145,7 +144,7 @@ class PeftjaxLM(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), totals[-1])
         return totals
 
-    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         out: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
         for i, r in enumerate(requests):
@@ -217,7 +216,7 @@ def find_tasks(names: Sequence[str], include: str | Path | None = None) -> TaskM
 
 
 def run_tasks(
-    lm: PeftjaxLM,
+    lm: Any,
     names: Sequence[str],
     manager: TaskManager,
     out: str | Path,
@@ -254,7 +253,7 @@ def run_tasks(
     return results, table
 
 
-def _digest(lm: PeftjaxLM) -> str:
+def _digest(lm: Any) -> str:
     """Sixteen hex digits of what answers depend on."""
     digest = hashlib.sha256(f"{lm.model.config} {lm.max_length} {lm.model.module.dtype}".encode())
     for x in jax.tree.leaves(lm.params):

@@ -128,7 +128,7 @@ def gsm8k_last(predictions: Values, references: Values) -> float:
     return _numbers(predictions, references, _last)
 
 
-METRICS: dict[str, Callable[[Values, Values], float]] = {
+METRICS: dict[str, Callable[[Any, Any], float]] = {
     "accuracy": accuracy,
     "accuracy_norm": accuracy_norm,
     "f1": f1,

@@ -177,6 +177,7 @@ def _commonsense(name: str) -> Task:
         metrics=("accuracy", "accuracy_norm"),
         files={split: ((f"{name}.{split}.jsonl",), (f"{split}.jsonl",)) for split in splits},
         holdout=0.1,  # published as train and test alone
+        truncate=True,  # the beginning of a long question, as they cut at 256 tokens
         reported="test",
         choices=commonsense_answers,
     )

@@ -117,6 +117,16 @@ def test_examples_hold_every_answer_as_training_has_it(encodes):
     assert (example.label, example.references) == (1, ["big"])
 
 
+def test_a_long_prompt_is_cut_from_the_left_and_counted_once():
+    task = PETS._replace(truncate=True)
+    rows = [{"question": "red blue cat", "options": ["big", "dog sat ran"], "answer": "big"}]
+    rows += [rows[0] | {"question": "cat"}]
+    encoded = encode_choices(task, rows, tiny.tokenizer(), 7)  # BOS, 4 of the prompt, 3 of the longer answer, EOS
+    assert (encoded.truncated, encoded.longest) == (1, 9)
+    assert tiny.tokenizer().decode(encoded.examples[0].input_ids).split() == ["[CLS]", "cat", ":"]
+    assert [len(ids) for _, ids in encoded.examples[0].choices or []] == [1, 3]
+
+
 def test_what_is_wrong_is_said(at):
     rows = _rows(2)
     for bad in ({"answer": "ran"}, {"options": ["cat"], "answer": "cat"}, {"options": ["cat", "cat"], "answer": "cat"}):

@@ -32,7 +32,7 @@ def at(tmp_path_factory):
     """Two tiny models, and two tasks for lm-eval."""
     at = tmp_path_factory.mktemp("harness")
     for family in ("llama", "t5"):
-        tiny.folder(at / family, family)
+        tiny.folder(at / family, family, seed=2)  # the T5 of other seeds writes special tokens only
     return at
 
 
@@ -103,14 +103,15 @@ def _greedy(folder, prompt: str, new: int) -> list[int]:
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_texts_are_those_of_transformers_up_to_what_ends_them(at, family):
     lm = PeftjaxLM(str(at / family))
-    prompts = ["the cat sat", "red big dog"]
+    prompts = ["the cat sat", "red big dog", "is name : place", "|| ran", "small bad good blue"]
     full = [tiny.tokenizer().decode(_greedy(at / family, p, 6), skip_special_tokens=True) for p in prompts]
     plain = {"until": [], "max_gen_toks": 6, "do_sample": False, "temperature": 0.0}
     got = lm.generate_until(_requests(*((p, plain) for p in prompts)))
     assert [x.strip() for x in got] == [x.strip() for x in full]
-    end = full[0].split()[-1]
-    cut = lm.generate_until(_requests((prompts[0], plain | {"until": end}), (prompts[1], plain)))
-    assert cut == [got[0][: got[0].index(end)], got[1]]
+    i = max(range(5), key=lambda i: len(full[i].split()))
+    end = full[i].split()[-1]
+    cut = lm.generate_until(_requests((prompts[i], plain | {"until": end}), (prompts[i - 1], plain)))
+    assert cut == [got[i][: got[i].index(end)], got[i - 1]]
 
 
 def test_what_a_task_asks_of_the_decoding_is_passed_on(at, monkeypatch):
