@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jinja2
 
-from . import hub
-from .checkpoint import load_adapter
+from . import hub, sft
+from .checkpoint import load_adapter, read_header
 from .generate import Decoding, Writer, check
 from .tree import Tree
 
@@ -18,6 +18,8 @@ Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content":
 def load(model_name: str, adapter: str | Path | None, how: Decoding, **options: Any) -> tuple[Writer, Tree]:
     """A writer of the model, and its parameters with the adapter's; the model's own end tokens are added to `how.stop`.
 
+    An adapter that was trained on conversations brings its chat template.
+
     Args:
       options: for `peftjax.hub.load`.
 
@@ -26,7 +28,10 @@ def load(model_name: str, adapter: str | Path | None, how: Decoding, **options: 
     """
     check(how)
     model, tokenizer = hub.load(model_name, "generation", **options), hub.load_tokenizer(model_name)
-    params = model.params if adapter is None else load_adapter(adapter, model).params
+    if adapter is None:
+        return Writer(model, tokenizer, how._replace(stop=(*how.stop, *ends(model, tokenizer)))), model.params
+    params = load_adapter(adapter, model).params
+    tokenizer.chat_template = read_header(adapter)["extra"].get("chat_template") or tokenizer.chat_template
     return Writer(model, tokenizer, how._replace(stop=(*how.stop, *ends(model, tokenizer)))), params
 
 
@@ -41,18 +46,18 @@ def ends(model: hub.Model, tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(t for t in (tokenizer.eos_token_id, *named) if t is not None))
 
 
-def template_of(tokenizer: Any, file: str | Path | None = None) -> str:
-    """The chat template in the file, or the tokenizer's own.
+def template_of(tokenizer: Any, which: str | None = None) -> str:
+    """The chat template of a name ('alpaca', 'plain') or in a file, or the tokenizer's own.
 
     Raises:
-      ValueError: there is none; OSError: the file cannot be read.
+      ValueError: there is none.
     """
-    if file is not None:
-        return Path(file).read_text(encoding="utf-8")
+    if which is not None:
+        return sft.template(which)
     if tokenizer.chat_template is None:
         raise ValueError(
             "this model's tokenizer has no chat template, so it was probably not made for conversations; "
-            "write --template FILE with a Jinja template that turns `messages` into text, or use `peftjax generate`"
+            "write --template alpaca, plain or a file with a Jinja template, or use `peftjax generate`"
         )
     return tokenizer.get_chat_template()
 

@@ -343,7 +343,7 @@ class Speaker:
       top_k: draw from so many of the most likely tokens.
       top_p: draw from the fewest most likely tokens whose probabilities sum to this.
       seed: of what is drawn.
-      template: file with a chat template (Jinja); default: the tokenizer's own.
+      template: chat template: alpaca, plain or a file (Jinja); default: the adapter's, or the tokenizer's own.
       dtype: of the activations.
       param_dtype: of the base's parameters.
       quantize: hold the linear weights of the base in 8 or 4 bits.
@@ -356,7 +356,7 @@ class Speaker:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
-    template: Path | None = None
+    template: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "nf4", "nf4-double"] | None = None
@@ -433,6 +433,7 @@ class FromModel:
       base_url: of the endpoint, such as http://localhost:8000/v1; default: OpenAI's.
       key_env: environment variable with the key.
       model: instead of an endpoint: a model here, as a folder or hub name.
+      adapter: of the model here.
       parallel: requests at once (to an endpoint).
       max_requests: in all, those of earlier runs included.
       price_in: of a million tokens of prompts.
@@ -455,6 +456,7 @@ class FromModel:
     base_url: str | None = None
     key_env: str = "OPENAI_API_KEY"
     model: str | None = None
+    adapter: Path | None = None
     parallel: int = 4
     max_requests: int | None = None
     price_in: float = 0.0
@@ -734,9 +736,11 @@ def _from_model(a: FromModel) -> None:
         generate = replies.endpoint(a.llm, a.base_url, key_env=a.key_env, timeout=a.timeout, **patience)
     else:
         from . import hub
+        from .checkpoint import load_adapter
 
         model = hub.load(str(a.model), "generation")
-        generate = replies.local(model, model.params, hub.load_tokenizer(str(a.model)))
+        params = model.params if a.adapter is None else load_adapter(a.adapter, model).params
+        generate = replies.local(model, params, hub.load_tokenizer(str(a.model)))
     settings = self_instruct.Settings(
         a.number, a.seed, novelty=a.novelty, temperature=a.temperature, top_p=a.top_p, max_tokens=a.max_tokens
     )
@@ -744,7 +748,7 @@ def _from_model(a: FromModel) -> None:
         a.out,
         seeds,
         generate,
-        str(a.llm or a.model),
+        str(a.llm or a.adapter or a.model),
         settings,
         parallel=a.parallel if a.llm else 1,
         max_requests=a.max_requests,

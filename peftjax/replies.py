@@ -1,6 +1,7 @@
 """Who answers a prompt (an endpoint, or a model here), and the log that makes a run of many prompts resumable."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -272,27 +273,31 @@ def _retry_after(header: str | None, otherwise: float) -> float:
 
 
 def local(model: Any, params: Tree, tokenizer: Any) -> Generator:
-    """A model here, by `generate.complete`; its chat template is not used, the prompts suit both kinds.
+    """A model here, by `generate.Writer`; its chat template is not used, the prompts suit both kinds.
 
     Raises:
       ValueError: (from the generator) prompt and reply do not fit into the model's positions.
     """
     import jax
 
-    from .generate import Decoding, complete
+    from .generate import Decoding, Writer
 
     stop = () if tokenizer.eos_token_id is None else (int(tokenizer.eos_token_id),)
 
+    @functools.cache  # each compiles once
+    def writer(p: Params) -> Writer:
+        how = Decoding(p.max_tokens, p.temperature, top_p=p.top_p if p.temperature else 1.0, stop=stop)
+        return Writer(model, tokenizer, how)
+
     def generate(prompt: str, p: Params) -> Reply:
-        asked = len(tokenizer(prompt, verbose=False)["input_ids"])
-        if asked + p.max_tokens > model.max_length:
+        asked, room = len(tokenizer(prompt, verbose=False)["input_ids"]), model.room(params)
+        if asked + p.max_tokens > room:
             raise ValueError(
-                f"a prompt of {asked} tokens and a reply of up to {p.max_tokens} do not fit into the "
-                f"{model.max_length} positions of this model; allow fewer tokens, or take a model with more positions"
+                f"a prompt of {asked} tokens and a reply of up to {p.max_tokens} do not fit into the {room} positions of "
+                "this model; allow fewer tokens, or take a model with more positions"
             )
-        how = Decoding(p.max_tokens, p.temperature, top_p=p.top_p, stop=stop)
-        key = jax.random.key(p.seed)
-        (text,) = complete(model, params, tokenizer, [prompt], how, key=key, until=p.stop, batch_size=1)
+        one = writer(p._replace(seed=0, stop=()))
+        (text,) = one.complete(params, [prompt], key=jax.random.key(p.seed), until=p.stop)
         written = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         return Reply(text, "length" if written >= p.max_tokens else "stop", asked, written)
 

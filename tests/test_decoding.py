@@ -491,7 +491,7 @@ def test_generate_by_a_chat_template_and_what_is_wrong(at, call):
     status, _, said = call(*few, "--chat", "--prompt", "cat")
     assert status == 1
     assert "has no chat template" in said
-    assert "--template FILE" in said
+    assert "--template alpaca" in said
     assert said.count("\n") == 1
     status, _, said = call(*few, "--prompt", "cat " * 80)
     assert (status, said.count("\n")) == (1, 1)

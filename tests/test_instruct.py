@@ -23,7 +23,7 @@ from conftest import SHARED, needs_shared
 
 from peftjax import hub, instruct, replies, self_instruct
 from peftjax.cli import main
-from peftjax.generate import Decoding, complete
+from peftjax.generate import Decoding, Writer
 from peftjax.replies import Log, Params, Reply, Request
 from peftjax.templates import TEMPLATES
 
@@ -300,21 +300,23 @@ def test_the_log_asks_once(tmp_path):
 
 
 def test_a_model_here(tmp_path, seeds, call, monkeypatch):
-    given = []
+    made = []
 
-    def spy(*args, **options):
-        given.append((args[3:], options, complete(*args, **options)))
-        return given[-1][-1]
+    def spy(*args):
+        made.append(Writer(*args))
+        return made[-1]
 
-    monkeypatch.setattr("peftjax.generate.complete", spy)
+    monkeypatch.setattr("peftjax.generate.Writer", spy)
     folder = tiny.folder(tmp_path / "llama", "llama")
     model, tokenizer = hub.load(folder, "generation"), hub.load_tokenizer(folder)
     generate = replies.local(model, model.params, tokenizer)
     reply = generate("the cat and", Params(4, 0.5, 0.9, ("dog",), seed=1))
-    (((prompts, how), options, texts),) = given
-    assert (prompts, how) == (["the cat and"], Decoding(4, 0.5, top_p=0.9, stop=(3,)))
-    assert (options["key"] == jax.random.key(1), options["until"]) == (True, ("dog",))
-    assert [reply.text] == texts
+    (writer,) = made
+    assert writer.how == Decoding(4, 0.5, top_p=0.9, stop=(3,))
+    assert reply.text == writer.complete(model.params, ["the cat and"], key=jax.random.key(1), until=("dog",))[0]
+    assert generate("the dog", Params(4, 0.5, 0.9, ("cat",), seed=2)).text  # another seed compiles nothing
+    assert generate("the dog", Params(4, 0.0, 0.9)).text == generate("the dog", Params(4, 0.0, 0.5)).text
+    assert [w.how.temperature for w in made] == [0.5, 0.0, 0.0]
     assert reply.text
     assert reply.prompt_tokens == len(tokenizer("the cat and")["input_ids"])
     assert reply.completion_tokens == len(tokenizer(reply.text, add_special_tokens=False)["input_ids"])

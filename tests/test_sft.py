@@ -419,6 +419,11 @@ def test_the_verb_trains_resumes_and_its_adapter_works_elsewhere(tmp_path, capsy
     status, out, err = call(capsys, "evaluate", *common, "--task", "sft", "--adapter", adapter)
     assert status == 0, err
     assert out.splitlines()[-1] == f"loss {result['scores']['loss']:.4g}"
+    say = ["generate", "--model", model, "--chat", "--prompt", "the cat", "--max-new-tokens", "4"]
+    status, out, err = call(capsys, *say, "--adapter", adapter)
+    assert status == 0, err
+    assert call(capsys, *say, "--adapter", adapter, "--template", tmp_path / "words.jinja")[1] == out
+    assert "has no chat template" in call(capsys, *say)[2]
     assert call(capsys, "merge", "--model", model, "--adapter", adapter, "--out", tmp_path / "merged")[0] == 0
     assert hub.load_tokenizer(tmp_path / "merged").chat_template == UNMARKED
 
