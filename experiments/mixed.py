@@ -193,8 +193,8 @@ def write(settings: Settings, records: list[dict]) -> None:
     text = [
         "# Mixed-adapter batches: time",
         f"{s.method}, rank {s.rank}, on all linear weights; {s.rows} rows of {s.length} tokens (generation: prompts of "
-        f"{s.length // 2}, {s.new_tokens} new tokens). Medians of {s.repeats} turns, the three ways one after another in "
-        f"each; ratios are medians of each turn's. jax {facts['jax']}, {facts['device']}. `python experiments/mixed.py`.",
+        f"{s.length // 2}, {s.new_tokens} new tokens). Medians of {s.repeats} turns, the three ways one after another "
+        f"in each; ratios are medians of each turn's. jax {facts['jax']}, {facts['device']}.",
         "`loop / mixed` is how much faster the mixed batch is than a loop over the adapters with each one's rows; "
         "`mixed / single` is the price of mixing, against one adapter for the same rows.",
     ]

@@ -155,7 +155,7 @@ def check_generation(model, method, trees, ends=False):
     each = [np.asarray(alone(method.resolve(tree, None), ids, mask)) for tree in trees]
     for row, i in enumerate(IDS):
         assert got[row].tolist() == each[i][row].tolist()
-    assert len({each[i][0].tobytes() for i in range(K)}) > 1
+    assert len({each[i].tobytes() for i in range(K)}) > 1
     other = np.asarray(free(mixed.bind(params, (IDS + 1) % K), ids, mask))
     assert other[0].tolist() == each[(IDS[0] + 1) % K][0].tolist()
     assert free._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue] - jax has no public counter
