@@ -182,6 +182,7 @@ def test_compare_and_evaluate_score_alike_without_writing_a_text(at, tmp_path, c
     assert printed == ", ".join(f"{k} {v:.4g}" for k, v in lora["scores"].items())
 
 
+@pytest.mark.slow
 def test_an_encoder_and_decoder_train_without_writing_a_text(at, tmp_path, monkeypatch):
     where, out = _verbs(at, "t5", tmp_path, monkeypatch), tmp_path / "out"
     cli.main(["train", *where, "--steps", "2", "--batch-size", "8", "--method", "ia3", "--out", str(out)])

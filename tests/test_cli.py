@@ -209,7 +209,7 @@ def test_generation_with_a_prefix(at, tmp_path, call, monkeypatch):
     status, _, err = call("train", *arguments, *QUICK, *method, "--out", tmp_path / "run")
     assert (status, err) == (0, "")
     got = result(tmp_path / "run")
-    assert set(got["scores"]) == {"loss", "bleu"}
+    assert set(got["scores"]) == {"loss", "bleu", "nist", "rouge_l", "cider"}
     assert {"prompt", "output", "reference"} == set(got["samples"][0])
     adapter = tmp_path / "run/adapter.safetensors"
     dev = tiny.data(tmp_path / "dev", "e2e")
