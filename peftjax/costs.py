@@ -214,7 +214,7 @@ def interval(
         return None
     if hits is not None:
         low, high = stats.binomtest(hits, n).proportion_ci(0.95, method="wilson")
-        return 100.0 * low, 100.0 * high
+        return 100.0 * float(low), 100.0 * float(high)
     found = stats.bootstrap(
         (np.arange(n),),
         statistic,

@@ -69,7 +69,9 @@ def verdict(lines: Sequence[dict]) -> str:
     spans = [line["interval"] for line in (top, best) if line["interval"] is not None]
     unsure = len(spans) == 2 and max(low for low, _ in spans) <= min(high for _, high in spans)
     paid = [
-        f"after {n:,.0f} queries by {what}" if (n := queries(top, best, unit)) is not None else f"never by {what}"
+        f"after {n:,.0f} queries by {what}"
+        if (n := queries(top, best, unit)) is not None
+        else f"at no number by {what}"
         for unit, what in (("flops", "FLOPs"), ("seconds", "time"))
     ]
     return (
