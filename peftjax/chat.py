@@ -57,7 +57,7 @@ def template_of(tokenizer: Any, which: str | None = None) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
             "this model's tokenizer has no chat template, so it was probably not made for conversations; "
-            "write --template alpaca, plain or a file with a Jinja template, or use `peftjax generate`"
+            "write --chat-template alpaca, plain or a file with a Jinja template, or use `peftjax generate`"
         )
     return tokenizer.get_chat_template()
 

@@ -38,7 +38,7 @@ class Base:
       quantize: hold the linear weights of the base in 8 or 4 bits (lora over nf4 is QLoRA).
       fresh_head: draw a new task head even if the model has one.
       remat: recompute the blocks' activations in the backward pass; less memory, more time.
-      template: of conversations (sft): alpaca, plain, or a file with a Jinja chat template; default: the tokenizer's.
+      chat_template: of conversations (sft): alpaca, plain, or a file with a Jinja template; default: the tokenizer's.
     """
 
     model: str = "tiny-books"
@@ -54,7 +54,7 @@ class Base:
     quantize: Literal["int8", "nf4", "nf4-double"] | None = None
     fresh_head: bool = False
     remat: bool = False
-    template: str | None = None
+    chat_template: str | None = None
 
 
 @dataclasses.dataclass
@@ -156,7 +156,7 @@ class Sft:
       data: JSONL files, separated by commas, each with a share if you like: a.jsonl,b.jsonl=0.3. A row is
         {"messages": [...]}, or "instruction" (and "input") with "output", or "prompt" with "completion".
       method: such as "lora" or "lora+neftune(alpha=5)".
-      template: alpaca, plain, or a file with a Jinja chat template; default: the tokenizer's.
+      chat_template: alpaca, plain, or a file with a Jinja chat template; default: the tokenizer's.
       pack: put several conversations into a row of max_length tokens.
       max_length: of a conversation in tokens; default: what the model has room for, at most 1024.
       long: what becomes of longer ones: cut at their end, or dropped.
@@ -172,7 +172,7 @@ class Sft:
     training: tyro.conf.OmitArgPrefixes[Training]
     model: str = "tiny-books"
     method: str = "lora"
-    template: str | None = None
+    chat_template: str | None = None
     pack: bool = False
     max_length: int | None = None
     long: Literal["cut", "drop"] = "cut"
@@ -343,7 +343,7 @@ class Speaker:
       top_k: draw from so many of the most likely tokens.
       top_p: draw from the fewest most likely tokens whose probabilities sum to this.
       seed: of what is drawn.
-      template: chat template: alpaca, plain or a file (Jinja); default: the adapter's, or the tokenizer's own.
+      chat_template: alpaca, plain or a file (Jinja); default: the adapter's, or the tokenizer's own.
       dtype: of the activations.
       param_dtype: of the base's parameters.
       quantize: hold the linear weights of the base in 8 or 4 bits.
@@ -356,7 +356,7 @@ class Speaker:
     top_k: int | None = None
     top_p: float = 1.0
     seed: int = 0
-    template: str | None = None
+    chat_template: str | None = None
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "nf4", "nf4-double"] | None = None
@@ -656,7 +656,7 @@ def generate(args: Generate) -> None:
     from . import chat
 
     writer, params, key = _open(args.speaker, **dataclasses.asdict(args.decode))
-    template = chat.template_of(writer.tokenizer, args.speaker.template) if args.chat else ""
+    template = chat.template_of(writer.tokenizer, args.speaker.chat_template) if args.chat else ""
 
     def read(text: str) -> Any:
         message = {"role": "user", "content": text}
@@ -679,7 +679,7 @@ def chat(args: Chat) -> None:
     from .chat import converse, template_of
 
     writer, params, key = _open(args.speaker)
-    template = template_of(writer.tokenizer, args.speaker.template)
+    template = template_of(writer.tokenizer, args.speaker.chat_template)
     asks = sys.stdin.isatty() and sys.stdout.isatty()
 
     def read() -> str | None:
@@ -831,7 +831,7 @@ def _prepare(b: Base) -> dict:
         "quantize": b.quantize,
         "fresh_head": b.fresh_head,
         "remat": b.remat,
-        **({"chat_template": sft.template(b.template)} if b.template else {}),
+        **({"chat_template": sft.template(b.chat_template)} if b.chat_template else {}),
     }
 
 

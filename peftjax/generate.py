@@ -272,7 +272,7 @@ def decoder(model: Speaker, how: Decoding, pad_id: int = 0) -> Callable[..., jax
     return generate
 
 
-def padding_side(model: Model | Proxy) -> Literal["left", "right"]:
+def padding_side(model: Speaker) -> Literal["left", "right"]:
     """Where prompts are padded: a decoder writes on after their ends; an encoder has its virtual tokens before them."""
     return "left" if model.family.start_id is None else "right"
 

@@ -293,8 +293,8 @@ def local(model: Any, params: Tree, tokenizer: Any) -> Generator:
         asked, room = len(tokenizer(prompt, verbose=False)["input_ids"]), model.room(params)
         if asked + p.max_tokens > room:
             raise ValueError(
-                f"a prompt of {asked} tokens and a reply of up to {p.max_tokens} do not fit into the {room} positions of "
-                "this model; allow fewer tokens, or take a model with more positions"
+                f"a prompt of {asked} tokens and a reply of up to {p.max_tokens} do not fit into the {room} positions "
+                "of this model; allow fewer tokens, or take a model with more positions"
             )
         one = writer(p._replace(seed=0, stop=()))
         (text,) = one.complete(params, [prompt], key=jax.random.key(p.seed), until=p.stop)

@@ -213,8 +213,8 @@ def encode(chats: Chats, rows: Sequence[Row], tokenizer: Any, limit: int, *, for
     """
     if tokenizer.chat_template is None:
         raise ValueError(
-            "the tokenizer has no chat template; write --template alpaca, --template plain, or --template FILE with a "
-            "Jinja template (in Python: tokenizer.chat_template = sft.template('alpaca'))"
+            "the tokenizer has no chat template; write --chat-template alpaca, plain, or a FILE with a Jinja template "
+            "(in Python: tokenizer.chat_template = sft.template('alpaca'))"
         )
     if tokenizer.eos_token_id is None:
         raise ValueError("the tokenizer has no end-of-text token, so no answer would end; set tokenizer.eos_token")
@@ -281,7 +281,7 @@ def _by_prefixes(tokenizer: Any, rows: Sequence[Row]) -> tuple[list[tuple[list[i
                 raise ValueError(
                     f"the chat template writes the conversation in {row['at']} up to turn {i + 1} otherwise than as "
                     "the beginning of the whole, so where its answer stands is unclear; mark the answers in the "
-                    "template with {% generation %} and {% endgeneration %}, or give another --template"
+                    "template with {% generation %} and {% endgeneration %}, or give another --chat-template"
                 )
             texts += [before, after]
     tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])

@@ -487,11 +487,11 @@ def test_generate_by_a_chat_template_and_what_is_wrong(at, call):
     model, tokenizer = hub.load(at / "llama", "generation"), hub.load_tokenizer(at / "llama")
     ids = tokenizer("user : cat sat || ", add_special_tokens=False)["input_ids"]
     (want,) = complete(model, model.params, tokenizer, [ids], Decoding(6, stop=(3,)))
-    assert call(*few, "--chat", "--template", at / "chat.jinja", "--prompt", "cat sat")[1] == want + "\n"
+    assert call(*few, "--chat", "--chat-template", at / "chat.jinja", "--prompt", "cat sat")[1] == want + "\n"
     status, _, said = call(*few, "--chat", "--prompt", "cat")
     assert status == 1
     assert "has no chat template" in said
-    assert "--template alpaca" in said
+    assert "--chat-template alpaca" in said
     assert said.count("\n") == 1
     status, _, said = call(*few, "--prompt", "cat " * 80)
     assert (status, said.count("\n")) == (1, 1)
@@ -499,7 +499,7 @@ def test_generate_by_a_chat_template_and_what_is_wrong(at, call):
 
 
 def test_a_conversation(at, call):
-    few = ("chat", "--model", at / "llama", "--max-new-tokens", 6, "--template", at / "chat.jinja")
+    few = ("chat", "--model", at / "llama", "--max-new-tokens", 6, "--chat-template", at / "chat.jinja")
     lines = ["cat sat", "", "dog ran", "/reset", "cat sat", "red " * 70]
     status, out, said = call(*few, said="\n".join(lines))
     assert status == 0

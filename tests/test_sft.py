@@ -142,9 +142,7 @@ def test_a_template_whose_beginnings_change():
 
 
 def test_templates_that_cannot_be():
-    with pytest.raises(
-        ValueError, match="no chat template; write --template alpaca, --template plain, or --template F"
-    ):
+    with pytest.raises(ValueError, match="no chat template; write --chat-template alpaca, plain, or a F"):
         sft.encode(Chats(), [row(CHAT)], tiny.tokenizer(), 99)
     with pytest.raises(ValueError, match=r"refuses the conversation in a.jsonl, line 3: roles must alternate"):
         sft.encode(Chats(), [row(CHAT, 3)], tokenizer("{{ raise_exception('roles must alternate') }}"), 99)
@@ -402,8 +400,8 @@ def test_the_verb_trains_resumes_and_its_adapter_works_elsewhere(tmp_path, capsy
     train += ["--max-new-tokens", "4", "--out", tmp_path / "out", "--epochs", "2"]
     status, _, err = call(capsys, *train)
     assert status == 1
-    assert "the tokenizer has no chat template; write --template alpaca" in err
-    train += ["--template", tmp_path / "words.jinja"]
+    assert "the tokenizer has no chat template; write --chat-template alpaca" in err
+    train += ["--chat-template", tmp_path / "words.jinja"]
     status, out, err = call(capsys, *train)
     assert status == 0, err
     assert "training texts packed into" in out
@@ -422,7 +420,7 @@ def test_the_verb_trains_resumes_and_its_adapter_works_elsewhere(tmp_path, capsy
     say = ["generate", "--model", model, "--chat", "--prompt", "the cat", "--max-new-tokens", "4"]
     status, out, err = call(capsys, *say, "--adapter", adapter)
     assert status == 0, err
-    assert call(capsys, *say, "--adapter", adapter, "--template", tmp_path / "words.jinja")[1] == out
+    assert call(capsys, *say, "--adapter", adapter, "--chat-template", tmp_path / "words.jinja")[1] == out
     assert "has no chat template" in call(capsys, *say)[2]
     assert call(capsys, "merge", "--model", model, "--adapter", adapter, "--out", tmp_path / "merged")[0] == 0
     assert hub.load_tokenizer(tmp_path / "merged").chat_template == UNMARKED
@@ -431,7 +429,7 @@ def test_the_verb_trains_resumes_and_its_adapter_works_elsewhere(tmp_path, capsy
 @pytest.mark.slow
 def test_compare_takes_conversations_too(tmp_path, capsys):
     model, f = tiny.folder(tmp_path / "model", "gpt2"), files(tmp_path / "data", a=20)
-    args = ["--model", model, "--task", "sft", "--data", f["a"], "--template", "plain", "--pack", "--epochs", "1"]
+    args = ["--model", model, "--task", "sft", "--data", f["a"], "--chat-template", "plain", "--pack", "--epochs", "1"]
     status, _, err = call(capsys, "compare", *args, "--methods", "lora", "--out", tmp_path / "out")
     assert status == 0, err
     lines = (tmp_path / "out/results.jsonl").read_text().splitlines()
@@ -440,7 +438,7 @@ def test_compare_takes_conversations_too(tmp_path, capsys):
 
 def test_an_encoder_decoder_is_refused(tmp_path, capsys):
     model, f = tiny.folder(tmp_path / "model", "t5"), files(tmp_path / "data", a=20)
-    args = ["sft", "--model", model, "--data", f["a"], "--template", "plain", "--out", tmp_path / "out"]
+    args = ["sft", "--model", model, "--data", f["a"], "--chat-template", "plain", "--out", tmp_path / "out"]
     status, _, err = call(capsys, *args)
     assert status == 1
     assert "sft is for decoders" in err
