@@ -13,7 +13,7 @@ from .hub import Model
 from .methods import Method
 from .methods.base import select
 from .problem import Problem, objective
-from .train import Settings, make_optimizer, make_step, start
+from .train import Settings, counted, make_optimizer, make_step, start
 from .tree import Tree, flatten
 from .weights import is_node
 
@@ -25,20 +25,6 @@ class Count(NamedTuple):
 
     flops: float
     by: str = XLA
-
-
-def counted(stage: jax.stages.Lowered | jax.stages.Compiled) -> float | None:
-    """XLA's count of a lowered or compiled function; None where the platform gives none.
-
-    Of a loop it counts the body once.
-    """
-    try:
-        found = stage.cost_analysis()
-    except (NotImplementedError, jax.errors.JaxRuntimeError):
-        return None
-    found = found[0] if isinstance(found, list) and found else found
-    flops = found.get("flops", 0.0) if isinstance(found, dict) else 0.0
-    return float(flops) if flops > 0 else None
 
 
 def analytic(model: Model, rows: int, length: int) -> float:

@@ -103,7 +103,7 @@ def icl(
                 scorer = scorer or Scorer(bench, params)
                 with watch(title):
                     done = store.add(scorer(one) | {"method": name, "shots": shots, "seed": seed, "config": config})
-            rows.append(done | {"method": name})
+            rows.append(done | {"method": name} | ({} if name == BASE else _spent(name)))
     for entry, of_entry in zip(chosen, rated, strict=True):
         for seed in range(how.seeds):
             try:
@@ -457,6 +457,15 @@ def _digest_of(file: str | Path) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
+def _spent(file: str) -> dict:
+    """What the training of an adapter took, as far as its file and the result beside it say."""
+    flops, beside = read_header(file)["extra"].get("training_flops"), Path(file).with_name("result.json")
+    if flops is None:
+        return {}
+    seconds = json.loads(beside.read_text())["seconds"] if beside.is_file() else None
+    return {"training_flops": flops, "training_counted": costs.XLA, "training_seconds": seconds}
+
+
 def _tuned(
     bench: Bench, entry: Entry, settings: Settings, asked: Asked | None, store: _Store, out: Path, say, report
 ) -> dict:
@@ -473,7 +482,8 @@ def _tuned(
     folder = next((out / "runs").glob(f"*-{trained}"), new)
     result = run(problem, entry, settings, folder, report=report)
     params = load_adapter(folder / "adapter.safetensors", problem.model).params
-    spent = costs.training(problem, entry.method, settings)
+    flops = result["training_flops"]
+    spent = costs.training(problem, entry.method, settings) if flops is None else costs.Count(flops)
     steps = settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size)
     step = result["step_seconds"]
     row = {
@@ -505,7 +515,7 @@ def summarise(bench: Bench, rows: Sequence[dict]) -> list[dict]:
         line["scores"] = {m: statistics.fmean(r["scores"][m] for r in runs) for m in runs[0]["scores"]}
         line["interval"] = interval_of(bench, runs)
         for key in ("prompt_tokens", "seconds", "flops", "training_flops", "training_seconds"):
-            line[key] = statistics.fmean(r[key] for r in runs) if key in runs[0] else None
+            line[key] = None if runs[0].get(key) is None else statistics.fmean(r[key] for r in runs)
         lines.append(line)
     return lines
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from .checkpoint import write_atomically
 from .costs import break_even
 
+UNITS = (("flops", "FLOPs"), ("seconds", "time"))
 BASE = "base"  # the method's name of the model as it is
 
 
@@ -25,9 +26,18 @@ def queries(tuned: dict, few: dict, unit: str) -> float | None:
     return break_even(tuned[f"training_{unit}"], few[unit], tuned[unit])
 
 
+def _pays(tuned: dict, few: dict, unit: str) -> str:
+    """That number in words; '-' where the training's cost is not known."""
+    return "-" if tuned[f"training_{unit}"] is None else _said(queries(tuned, few, unit), none="never")
+
+
 def _few(line: dict) -> str:
     shots = f"{line['shots']} shot{'' if line['shots'] == 1 else 's'}"
     return shots if line["method"] == BASE else f"{line['method']}, {shots}"
+
+
+def _name(line: dict) -> str:
+    return _few(line) if line["shots"] else line["method"]
 
 
 def _said(value: float | None, form: str = ",.0f", factor: float = 1.0, none: str = "-") -> str:
@@ -53,7 +63,7 @@ def cells(line: dict, best: dict | None) -> dict[str, str]:
     for unit, column in (("flops", "pays after, by FLOP"), ("seconds", "by time")):
         out[column] = "-"
         if line["trained"] and best is not None:
-            out[column] = _said(queries(line, best, unit), none="never")
+            out[column] = _pays(line, best, unit)
     return out
 
 
@@ -68,14 +78,15 @@ def verdict(lines: Sequence[dict]) -> str:
     better = "better" if top["scores"][metric] > best["scores"][metric] else "no better"
     spans = [line["interval"] for line in (top, best) if line["interval"] is not None]
     unsure = len(spans) == 2 and max(low for low, _ in spans) <= min(high for _, high in spans)
+    known = [(unit, what) for unit, what in UNITS if top[f"training_{unit}"] is not None]
     paid = [
         f"after {n:,.0f} queries by {what}"
         if (n := queries(top, best, unit)) is not None
         else f"at no number by {what}"
-        for unit, what in (("flops", "FLOPs"), ("seconds", "time"))
+        for unit, what in known
     ]
     return (
-        f"{top['method']} is {better} than {_few(best)} ({metric} {top['scores'][metric]:.1f} against "
+        f"{_name(top)} is {better} than {_few(best)} ({metric} {top['scores'][metric]:.1f} against "
         f"{best['scores'][metric]:.1f}{', and the intervals overlap' if unsure else ''}); it is cheaper "
         f"{' and '.join(paid)}"
     )
@@ -123,13 +134,13 @@ def _markdown(lines, texts, wide, title, facts, answer) -> str:
     ]
     tuned, few = [x for x in lines if x["trained"]], [x for x in lines if not x["trained"]]
     if tuned and few:
-        for unit, what in (("flops", "FLOPs"), ("seconds", "time")):
+        for unit, what in UNITS:
             head = ["cheaper after so many queries, by " + what]
             head += [_few(x) for x in few]
-            body = [[t["method"], *(_said(queries(t, x, unit), none="never") for x in few)] for t in tuned]
+            body = [[_name(t), *(_pays(t, x, unit) for x in few)] for t in tuned]
             out += ["", *table(head, body)]
         if any(x["method"] != BASE for x in few):
-            out += ["", "What an adapter given as a file has cost to train is not known here and does not count."]
+            out += ["", "Of adapters in the last table's columns it is not known what they cost to train."]
     out += ["", "![total cost by number of queries](costs.png)"]
     return "\n".join(out) + "\n"
 
@@ -143,7 +154,7 @@ def plot(lines: Sequence[dict], title: str, file: Path) -> None:
 
     tuned = [line for line in lines if line["trained"]]
     few = [line for line in lines if not line["trained"]]
-    crossings = [n for t in tuned for f in few if (n := queries(t, f, "flops")) is not None]
+    crossings = [n for t in tuned for f in few if (n := queries(t, f, "flops")) is not None]  # flops are always known
     most = 10.0 ** np.ceil(np.log10(max([1e4, *(10 * n for n in crossings if n < 1e9)])))
     n = np.geomspace(1, most, 200)
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
@@ -153,7 +164,7 @@ def plot(lines: Sequence[dict], title: str, file: Path) -> None:
         ax.plot(n, n * line["flops"], color=colour, label=_few(line))
     for i, line in enumerate(tuned):
         cost = line["training_flops"] + n * line["flops"]
-        ax.plot(n, cost, "--", color=f"C{(i + 1) % 10}", linewidth=2, label=f"{line['method']}, trained")
+        ax.plot(n, cost, "--", color=f"C{(i + 1) % 10}", linewidth=2, label=f"{_name(line)}, trained")
     ax.set(xscale="log", yscale="log", xlabel="queries", ylabel="FLOPs in all", title=title)
     ax.grid(alpha=0.3)
     ax.legend(frameon=False, fontsize=10)

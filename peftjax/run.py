@@ -146,7 +146,7 @@ def run(
     """Trains, scores and saves one method; returns the result, which is also `result.json` in the folder.
 
     The result's keys: `method`, `seed`, `task`, `scores` (on the evaluation split, of the best state),
-    `trainable`, `share` (of base plus added), `peak_bytes` (of the compiled step), `step_seconds`,
+    `trainable`, `share` (of base plus added), `peak_bytes` (of the compiled step), `step_seconds`, `training_flops`,
     `compilations`, `adapter_bytes`, `seconds` (training and scoring), `samples`, `config`, `note`.
 
     Raises:
@@ -195,6 +195,7 @@ def run(
         "labels": None if problem.task.labels is None else [str(x) for x in problem.task.labels],
         "scores": scores,
         "config": config,
+        "training_flops": fitted.flops,
     }
     if problem.task.chats is not None:
         extra |= {"chats": problem.task.chats._asdict(), "chat_template": problem.tokenizer.chat_template}
@@ -209,6 +210,7 @@ def run(
         "base_bytes": nbytes(model.params),
         "peak_bytes": fitted.peak_bytes,
         "step_seconds": fitted.step_seconds,
+        "training_flops": fitted.flops,
         "compilations": fitted.compilations,
         "adapter_bytes": size,
         "seconds": fitted.seconds + time.perf_counter() - fitted_at,
@@ -247,7 +249,7 @@ def zero_shot(problem: Problem, folder: str | Path, *, evaluator: Evaluator | No
         "trainable": 0,
         "share": 0.0,
         "base_bytes": nbytes(problem.model.params),
-        **dict.fromkeys(("peak_bytes", "step_seconds", "compilations", "adapter_bytes")),
+        **dict.fromkeys(("peak_bytes", "step_seconds", "training_flops", "compilations", "adapter_bytes")),
         "seconds": time.perf_counter() - began,
         "samples": _samples(problem, texts),
         "history": [],

@@ -43,12 +43,13 @@ ALPACA = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '### Response:\\n' }}{%- endif %}"
 )
-# Nothing but the turns, each on a line of its own, and the token that ends an answer: for prompts that are written out.
+# Nothing but the turns, an answer after a blank and ended by its token, as the text-to-text tasks here are worded: what
+# learns from it reads the prompts of `icl`, `evaluate` and `generate`.
 PLAIN = (
     "{{- bos_token }}"
     "{%- for m in messages %}"
-    "{{- m.content | trim }}{%- if m.role == 'assistant' %}{{- eos_token }}{%- endif %}"
-    "{%- if m.role != 'assistant' or not loop.last %}{{- '\\n' }}{%- endif %}"
+    "{%- if m.role == 'assistant' %}{{- ' ' }}{{- m.content | trim }}{{- eos_token }}"
+    "{%- else %}{%- if not loop.first %}{{- '\\n' }}{%- endif %}{{- m.content | trim }}{%- endif %}"
     "{%- endfor %}"
 )
 TEMPLATES = {"alpaca": ALPACA, "plain": PLAIN}

@@ -183,6 +183,7 @@ class Fitted(NamedTuple):
       step_seconds: median, without compilation.
       compilations: number of compiled steps, one for each shape.
       seconds: of the loop, compilation included, of all the processes that a resumed run took.
+      flops: of the steps, by XLA's count; None where it gives none, or counts a part only (a scan, accumulation).
     """
 
     params: Tree
@@ -193,6 +194,7 @@ class Fitted(NamedTuple):
     step_seconds: float
     compilations: int
     seconds: float
+    flops: float | None
 
 
 def start(method: Method, params: Tree, tx: Any, layout: str = "loop") -> tuple[TrainState, Tree]:
@@ -253,12 +255,14 @@ def fit(
 
     compiled = _Compiled(step)
     times: list[float] = []
+    flops = 0.0 if settings.layout == "loop" and settings.accumulate == 1 else None  # XLA counts a scan's body once
     states = None if folder is None else StateFolder(Path(folder) / "state")
     if states is not None and (newest := states.latest()) is not None:
         (state, best_trainable), meta = states.restore(newest, (state, best_trainable))
         state, best_trainable = jax.tree.map(jnp.asarray, (state, best_trainable))
         state = state._replace(finite=jnp.bool_(True))  # what stopped the run may be gone
         best, times, compiled.peaks = meta["best"], meta["times"], meta["peaks"]
+        flops = meta["flops"]
         began -= meta["seconds"]
     key = jax.random.key(settings.seed)
     resolved = jax.jit(lambda t, f: method.resolve(combine(t, whole(f)), None))
@@ -267,7 +271,7 @@ def fit(
 
     def save():
         if states is not None:
-            meta = {"best": best, "times": times[-20:], "peaks": compiled.peaks}
+            meta = {"best": best, "times": times[-20:], "peaks": compiled.peaks, "flops": flops}
             meta["seconds"] = time.perf_counter() - began
             states.save(int(state.step), (state, best_trainable), meta)  # of a non-finite step: the one before
 
@@ -282,11 +286,12 @@ def fit(
     pending, clock = None, time.perf_counter()
     with _Interrupts() as interrupts, nullcontext() if states is None else closing(states):
         for batch in _from_step(epoch, steps_per_epoch, done, total):
-            run, compiling = compiled.get(state, frozen, batch, key)
+            run, compiling, of_step = compiled.get(state, frozen, batch, key)
             if pending is None and compiling:
                 clock = time.perf_counter()
             state, metrics = run(state, frozen, batch, key)
             done += 1
+            flops = None if flops is None or of_step is None else flops + of_step
             if pending is not None:  # the previous step's numbers, read while this one runs
                 note(pending, timed=not compiling)
             left = (total - done) * (float(np.median(times[-20:])) if times else 0.0)
@@ -325,6 +330,7 @@ def fit(
         step_seconds=float(np.median(times)) if times else float("nan"),
         compilations=len(compiled.peaks),
         seconds=time.perf_counter() - began,
+        flops=flops,
     )
 
 
@@ -361,24 +367,40 @@ def _non_finite(method, step, said, log) -> NonFinite:
     )
 
 
+def counted(stage: jax.stages.Lowered | jax.stages.Compiled) -> float | None:
+    """XLA's count of a lowered or compiled function; None where the platform gives none.
+
+    Of a loop it counts the body once.
+    """
+    try:
+        found = stage.cost_analysis()
+    except (NotImplementedError, jax.errors.JaxRuntimeError):
+        return None
+    found = found[0] if isinstance(found, list) and found else found
+    flops = found.get("flops", 0.0) if isinstance(found, dict) else 0.0
+    return float(flops) if flops > 0 else None
+
+
 class _Compiled:
-    """One compiled step for each shape of batch, with its memory plan."""
+    """One compiled step for each shape of batch, with its memory plan and its FLOPs."""
 
     def __init__(self, step):
         self.jitted = jax.jit(step, donate_argnums=0)
         self.steps: dict[str, Any] = {}
         self.peaks: dict[str, int] = {}  # bytes by shape; of a resumed run, also those of before
+        self.flops: dict[str, float | None] = {}
 
     def get(self, state, frozen, batch, key):
         shape = ", ".join(f"{k} {v.shape}" for k, v in sorted(batch.items()))
         new = shape not in self.steps
         if new:
             self.steps[shape] = self.jitted.lower(state, frozen, batch, key).compile()
+            self.flops[shape] = counted(self.steps[shape])
             plan, self.peaks[shape] = self.steps[shape].memory_analysis(), 0
             if plan is not None:
                 arguments = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
                 self.peaks[shape] = arguments + plan.temp_size_in_bytes
-        return self.steps[shape], new
+        return self.steps[shape], new, self.flops[shape]
 
 
 class _Log:
