@@ -13,7 +13,7 @@ from conftest import STORIES, needs_shared
 from test_generate import prompts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from peftjax import chain, chat, hub, stack_layers
+from peftjax import chain, chat, compare as comparison, hub, stack_layers
 from peftjax.cli import main
 from peftjax.generate import (
     E2E_OF_LORA,
@@ -186,13 +186,13 @@ def with_methods(model):
     return method.resolve(method.init(jax.random.key(1), model.params, model.sites), None)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_beams_see_prompts_and_prefixes(family):
     model = random_model(family)
     params = with_methods(model)
     how = Decoding(5, beams=3, length_penalty=0.8, stop=(3, 7))
     ids, mask = batch_of(model, (3, 6), seed=4)
-    got = cut(decoder(model, how, PAD)(params if family == "llama" else stack_layers(params), ids, mask), how.stop)
+    got = cut(decoder(model, how, PAD)(stack_layers(params), ids, mask), how.stop)
     for row, tokens, seen in zip(got, ids, mask, strict=True):
         assert row == searched(uncached(model, params, tokens[seen > 0], 5), 5, 3, 0.8, how.stop)
 
@@ -468,17 +468,15 @@ def call(capsys, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("family", ["llama", "t5"])
-def test_generate(family, at, call):
-    few = ("generate", "--model", at / family, "--max-new-tokens", 6)
+@pytest.mark.parametrize(
+    ("family", "changes"), [("t5", {}), ("llama", {"beams": 3, "no_repeat_ngram": 2})], ids=["t5", "llama-beams"]
+)
+def test_generate(family, changes, at, call):
+    """Lines of standard input, empty ones aside, give what `complete` writes."""
     model, tokenizer = hub.load(at / family, "generation"), hub.load_tokenizer(at / family)
-    how, lines = Decoding(6, stop=(3,)), ["cat sat", "dog in the place"]
-    want = complete(model, model.params, tokenizer, lines, how)
-    assert call(*few, said="cat sat\n\ndog in the place") == (0, "".join(f"{text}\n" for text in want), "")
-    if family == "t5":
-        return
-    want = complete(model, model.params, tokenizer, lines, how._replace(beams=3, no_repeat_ngram=2))
-    got = call(*few, "--beams", 3, "--no-repeat-ngram", 2, said="\n".join(lines))
+    want = complete(model, model.params, tokenizer, ["cat sat", "dog in the place"], Decoding(6, stop=(3,), **changes))
+    flags = [x for k, v in changes.items() for x in (f"--{k.replace('_', '-')}", v)]
+    got = call("generate", "--model", at / family, "--max-new-tokens", 6, *flags, said="cat sat\n\ndog in the place")
     assert got == (0, "".join(f"{text}\n" for text in want), "")
 
 
@@ -529,11 +527,21 @@ def test_the_oldest_turns_are_forgotten(at):
         chat.converse(writer, params, "{{ messages[0].", read=lambda: None, write=str, note=str)
 
 
-def test_scores_by_beams_from_the_command_line(at, call):
-    base = ("evaluate", "--model", at / "llama", "--task", "e2e", "--data", tiny.data(at / "e2e", "e2e"))
-    status, out, _ = call(*base, "--beams", 3, "--length-penalty", 0.8, "--no-repeat-ngram", 1)
-    assert status == 0
-    assert "bleu" in out
-    status, _, said = call(*base, "--length-penalty", 0.8)
+@pytest.mark.parametrize("verb", ["evaluate", "train", "compare"])
+def test_scores_by_beams_from_the_command_line(verb, at, call, monkeypatch):
+    seen: list[dict] = []
+
+    def prepared(*args, **options):
+        seen.append(options)
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(comparison, "prepare", prepared)
+    base = (verb, "--model", at / "llama", "--task", "e2e", "--data", at)
+    out = () if verb == "evaluate" else ("--out", at / "out")
+    status, _, said = call(*base, *out, "--beams", 3, "--length-penalty", 0.8, "--no-repeat-ngram", 4)
+    assert (status, said) == (1, "error: far enough\n")
+    assert seen[0]["decoding"] == Decoding(beams=3, length_penalty=0.8, no_repeat_ngram=4)
+    monkeypatch.undo()
+    status, _, said = call(*base, *out, "--length-penalty", 0.8)
     assert status == 1
     assert "ranks beams" in said
