@@ -79,7 +79,8 @@ def icl(
     taken = max([read_header(file)["virtual_tokens"] for file in adapters], default=0)
     bench, chosen = _bench(model_name, task, source, how, methods, settings, dict(options))
     model = bench.problem.model
-    prompted = {BASE: model.params} | {str(file): load_adapter(file, model).params for file in adapters}
+    files = _named(adapters)
+    prompted = {BASE: model.params} | {name: load_adapter(file, model).params for name, file in files.items()}
     rated = _rated(bench, chosen, rates, settings, model_name)
     context = min(options.get("max_length") or model.max_length, model.max_length)
     asked, left_out = _fitting(bench, context, taken)
@@ -92,7 +93,7 @@ def icl(
 
     rows = []
     for name, params in prompted.items():
-        mark, scorer = None if name == BASE else _digest_of(name), None
+        mark, scorer = None if name == BASE else _digest_of(files[name]), None
         for (shots, seed), one in asked.items():
             config = _configuration(bench, shots, seed, mark)
             title = f"{name}, {shots} shots, seed {seed}" if shots else f"{name}, zero-shot"
@@ -103,7 +104,7 @@ def icl(
                 scorer = scorer or Scorer(bench, params)
                 with watch(title):
                     done = store.add(scorer(one) | {"method": name, "shots": shots, "seed": seed, "config": config})
-            rows.append(done | {"method": name} | ({} if name == BASE else _spent(name)))
+            rows.append(done | {"method": name} | ({} if name == BASE else _spent(files[name])))
     for entry, of_entry in zip(chosen, rated, strict=True):
         for seed in range(how.seeds):
             try:
@@ -457,9 +458,16 @@ def _digest_of(file: str | Path) -> str:
     return hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
 
 
-def _spent(file: str) -> dict:
+def _named(files: Sequence[str | Path]) -> dict[str, Path]:
+    """Adapter files by what a table calls them: the file's name, or its folder's; the whole path where two are alike."""
+    paths = [Path(file) for file in dict.fromkeys(files)]
+    short = [p.absolute().parent.name if p.stem == "adapter" else p.stem for p in paths]
+    return {n if short.count(n) == 1 and n != BASE else str(p): p for n, p in zip(short, paths, strict=True)}
+
+
+def _spent(file: Path) -> dict:
     """What the training of an adapter took, as far as its file and the result beside it say."""
-    flops, beside = read_header(file)["extra"].get("training_flops"), Path(file).with_name("result.json")
+    flops, beside = read_header(file)["extra"].get("training_flops"), file.with_name("result.json")
     if flops is None:
         return {}
     seconds = json.loads(beside.read_text())["seconds"] if beside.is_file() else None
