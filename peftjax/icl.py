@@ -459,7 +459,7 @@ def _digest_of(file: str | Path) -> str:
 
 
 def _named(files: Sequence[str | Path]) -> dict[str, Path]:
-    """Adapter files by what a table calls them: the file's name, or its folder's; the whole path where two are alike."""
+    """Adapter files by their names in a table: the file's, or its folder's; the whole path where two are alike."""
     paths = [Path(file) for file in dict.fromkeys(files)]
     short = [p.absolute().parent.name if p.stem == "adapter" else p.stem for p in paths]
     return {n if short.count(n) == 1 and n != BASE else str(p): p for n, p in zip(short, paths, strict=True)}

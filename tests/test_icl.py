@@ -12,6 +12,7 @@ from conftest import SHARED, needs_shared
 
 from peftjax import costs, icl_report, methods
 from peftjax.cli import main
+from peftjax.checkpoint import read_header
 from peftjax.demonstrations import SELECTIONS, FewShot, join, select, wording
 from peftjax.icl import Scorer, calibrated, icl
 from peftjax.likelihood import Likelihood
@@ -321,12 +322,15 @@ def test_rows_are_the_references_and_stay(at, tmp_path):
 
     said.clear()
     file = next(tmp_path.glob("runs/lora-seed0*/adapter.safetensors"))
+    name = file.parent.name
     last = run(at, tmp_path, how=one, methods="lora", adapters=[file], said=said)
     assert sum("already" in x for x in said) == 3
-    assert last == more | {k: v for k, v in last.items() if k[0] == str(file)}
-    assert last[str(file), 0, 0]["predictions"] == more["lora", 0, 0]["predictions"]
-    assert last[str(file), 1, 0]["prompt_tokens"] == more["base", 1, 0]["prompt_tokens"]
-    assert f"| {file} | 1 |" in (tmp_path / "report.md").read_text()
+    assert last == more | {k: v for k, v in last.items() if k[0] == name}
+    assert last[name, 0, 0]["predictions"] == more["lora", 0, 0]["predictions"]
+    assert last[name, 1, 0]["prompt_tokens"] == more["base", 1, 0]["prompt_tokens"]
+    report = (tmp_path / "report.md").read_text()
+    assert f"| {name} | 1 |" in report
+    assert f"{read_header(file)['extra']['training_flops'] * 1e-9:,.0f}" in report, "what the adapter cost"
 
     before = (tmp_path / "results.jsonl").read_text()
     assert run(at, tmp_path, how=one, methods="lora", adapters=[file]) == last
