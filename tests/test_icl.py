@@ -11,8 +11,8 @@ import tiny
 from conftest import SHARED, needs_shared
 
 from peftjax import costs, icl_report, methods
-from peftjax.cli import main
 from peftjax.checkpoint import read_header
+from peftjax.cli import main
 from peftjax.demonstrations import SELECTIONS, FewShot, join, select, wording
 from peftjax.icl import Scorer, calibrated, icl
 from peftjax.likelihood import Likelihood
