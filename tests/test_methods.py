@@ -823,7 +823,7 @@ BAD = {
     "parallel adapter nowhere": (lambda: parallel_adapter(4, where=["norm"]), "'attention' and 'mlp'"),
     "parallel adapter scale": (lambda: parallel_adapter(4, scale=0), "scale must be above 0"),
     "adapter twice": (lambda: chain(adapter(4), parallel_adapter(4)), "parallel_adapter overwrites .*mlp_output"),
-    "prompt length": (lambda: prompt(0), "prompt: the length must be a whole number"),
+    "prompt length": (lambda: prompt(0), "prompt: length must be a whole number"),
     "prompt start": (lambda: prompt(2, start="zero"), "'vocabulary' or 'random'"),
     "prompt bound": (lambda: prompt(2, start="random", bound=0), "bound must be above 0"),
     "prompt with too many ids": (lambda: prompt(2, ids=[1, 2, 3]), "at most 2 numbers"),

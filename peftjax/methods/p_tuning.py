@@ -10,17 +10,16 @@ from .. import masks
 from ..tree import Tree, flatten, update
 from ..weights import is_node, node, static
 from .base import Method, method
-from .prompt import Prompt, check_length, where
+from .prompt import Prompt, check_whole, where
 
 ENCODER = "prompt_encoder"  # its place in the tree, beside the model
 
 
 @node
 class PromptEncoder:
-    """`MLP(E)` or `MLP(LSTM(E))` over n trained vectors E, (n, width); an adapter file drops it.
+    """`MLP(E)` or `MLP(LSTM(E))` over n trained vectors, the embedding E, (n, width); an adapter file drops it.
 
     Attributes:
-      embedding: (n, width).
       lstm: by layer, and 'forward' or 'backward': `w` (inputs + hidden, 4 hidden), gates in the order input, forget,
         cell, output, and `b1` (4 hidden); empty without an LSTM.
       mlp: by layer `w` and `b1`, ReLU between them.
@@ -48,8 +47,7 @@ def _lstm(layer: dict, xs: jax.Array) -> jax.Array:
         h, c = carry
         i, f, g, o = jnp.split(jnp.concatenate([x, h]) @ layer["w"] + layer["b1"], 4)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return (h, c), h
+        return (h := jax.nn.sigmoid(o) * jnp.tanh(c), c), h
 
     zero = jnp.zeros(layer["w"].shape[1] // 4, xs.dtype)
     return jax.lax.scan(step, (zero, zero), xs)[1]
@@ -63,10 +61,8 @@ def p_tuning(length: int = 20, *, encoder: str = "lstm", hidden: int = 128, laye
 
     Args:
       length: n.
-      encoder: 'lstm' (bidirectional, then two linear layers with ReLU between, as the paper), or 'mlp' (three linear
-        layers, as Hugging Face PEFT has it).
-      hidden: size of each direction of the LSTM, or of the MLP's layers.
-      layers: of the LSTM.
+      encoder: 'lstm' (bidirectional, then two linear layers and a ReLU) or 'mlp' (three, as Hugging Face PEFT has it).
+      hidden, layers: size of each direction of the LSTM, or of the MLP's layers; number of the LSTM's.
 
     Raises:
       ValueError: a number below 1, an unknown encoder; or, from `init`, a model without a place for a prompt.
@@ -74,10 +70,8 @@ def p_tuning(length: int = 20, *, encoder: str = "lstm", hidden: int = 128, laye
     The count is `n d` plus the network: for 'mlp' `2 d h + h² + 2 h + d`.
     """
     arguments = {"length": length, "encoder": encoder, "hidden": hidden, "layers": layers}
-    check_length("p_tuning", length)
-    for name, value in (("hidden", hidden), ("layers", layers)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"p_tuning: {name} must be a whole number of at least 1; got {value!r}")
+    for name in ("length", "hidden", "layers"):
+        check_whole(f"p_tuning: {name}", arguments[name])
     if encoder not in ("lstm", "mlp"):
         raise ValueError(f"p_tuning: encoder must be 'lstm' or 'mlp'; got {encoder!r}")
 
@@ -85,19 +79,16 @@ def p_tuning(length: int = 20, *, encoder: str = "lstm", hidden: int = 128, laye
         place, _ = where("p_tuning", params, sites)
         keys = iter(jax.random.split(key, 2 * layers + 4))
 
-        def linear(inputs, outputs, bound=None):
-            bound = (inputs if bound is None else bound) ** -0.5
-            w = jax.random.uniform(next(keys), (inputs, outputs), minval=-bound, maxval=bound)
+        def linear(inputs, outputs, fan_in):
+            w = jax.random.uniform(next(keys), (inputs, outputs), minval=-(fan_in**-0.5), maxval=fan_in**-0.5)
             return {"w": w, "b1": jnp.zeros(outputs)}
 
         d, lstm = place.width, {}
-        sizes = [d, hidden, hidden, d]
-        if encoder == "lstm":
-            sizes = [2 * hidden, 2 * hidden, d]
-            for i in range(layers):
-                inputs = (d if i == 0 else 2 * hidden) + hidden
-                lstm[str(i)] = {way: linear(inputs, 4 * hidden, hidden) for way in ("forward", "backward")}
-        mlp = {str(i): linear(a, b) for i, (a, b) in enumerate(itertools.pairwise(sizes))}
+        sizes = [2 * hidden, 2 * hidden, d] if encoder == "lstm" else [d, hidden, hidden, d]
+        for i in range(layers if encoder == "lstm" else 0):
+            inputs = (d if i == 0 else 2 * hidden) + hidden
+            lstm[str(i)] = {way: linear(inputs, 4 * hidden, hidden) for way in ("forward", "backward")}
+        mlp = {str(i): linear(a, b, a) for i, (a, b) in enumerate(itertools.pairwise(sizes))}
         start = PromptEncoder(jax.random.normal(next(keys), (length, d)), lstm, mlp)
         return update(params, {f"{place.path}/prompt": Virtual(length), ENCODER: start})
 
@@ -106,7 +97,6 @@ def p_tuning(length: int = 20, *, encoder: str = "lstm", hidden: int = 128, laye
         arguments,
         init,
         trainable=lambda params: masks.by_node(PromptEncoder if ENCODER in params else Prompt)(params),
-        saved=lambda params: masks.by_node(PromptEncoder if ENCODER in params else Prompt)(params),
         resolve=write_prompt,
     )
 
@@ -123,9 +113,8 @@ class Virtual:
 
 
 def write_prompt(params: Tree, key: jax.Array | None) -> Tree:
-    """Runs the network and puts its output at the prompt's place; then drops the network."""
-    network = params.get(ENCODER)
-    if network is None:
+    """Puts the network's output at the prompt's place and drops the network."""
+    if ENCODER not in params:
         return params
     place = next(p for p, x in flatten(params, is_leaf=is_node).items() if isinstance(x, Virtual))
-    return update({k: v for k, v in params.items() if k != ENCODER}, {place: Prompt(network())})
+    return update({k: v for k, v in params.items() if k != ENCODER}, {place: Prompt(params[ENCODER]())})

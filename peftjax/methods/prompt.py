@@ -67,7 +67,7 @@ def prompt(
     """
     ids = None if ids is None else plain([*ids])
     arguments = {"length": length, "start": start, "ids": ids, "text": text, "bound": bound}
-    check_length("prompt", length)
+    check_whole("prompt: length", length)
     if start not in ("vocabulary", "random"):
         raise ValueError(f"prompt: start must be 'vocabulary' or 'random'; got {start!r}")
     if not bound > 0:
@@ -99,10 +99,10 @@ def prompt(
     return method("prompt", arguments, init, trainable=masks.by_node(Prompt))
 
 
-def check_length(name: str, length: int) -> None:
+def check_whole(what: str, value: int) -> None:
     """Raises unless it is a whole number of at least 1."""
-    if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-        raise ValueError(f"{name}: the length must be a whole number of at least 1; got {length!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1; got {value!r}")
 
 
 def is_token(x: Any) -> bool:
