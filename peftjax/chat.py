@@ -31,8 +31,13 @@ def load(model_name: str, adapter: str | Path | None, how: Decoding, **options: 
     if adapter is None:
         return Writer(model, tokenizer, how._replace(stop=(*how.stop, *ends(model, tokenizer)))), model.params
     params = load_adapter(adapter, model).params
-    tokenizer.chat_template = read_header(adapter)["extra"].get("chat_template") or tokenizer.chat_template
+    adopt_template(tokenizer, adapter)
     return Writer(model, tokenizer, how._replace(stop=(*how.stop, *ends(model, tokenizer)))), params
+
+
+def adopt_template(tokenizer: Any, adapter: str | Path) -> None:
+    """Gives the tokenizer the chat template that the adapter was trained with, if it was trained on conversations."""
+    tokenizer.chat_template = read_header(adapter)["extra"].get("chat_template") or tokenizer.chat_template
 
 
 def ends(model: hub.Model, tokenizer: Any) -> tuple[int, ...]:
@@ -57,7 +62,8 @@ def template_of(tokenizer: Any, which: str | None = None) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
             "this model's tokenizer has no chat template, so it was probably not made for conversations; "
-            "write --chat-template alpaca, plain or a file with a Jinja template, or use `peftjax generate`"
+            "write --chat-template alpaca, plain or a file with a Jinja template, or use `peftjax generate` without "
+            "--chat"
         )
     return tokenizer.get_chat_template()
 

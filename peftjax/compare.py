@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from . import hub, report
+from .chat import adopt_template
 from .checkpoint import load_adapter, read_header
 from .data import load_rows
 from .generate import Decoding
@@ -323,7 +324,7 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
     model = hub.load(model_name, purpose, labels=labels if purpose == "classification" else None, quantize=how)
     params = load_adapter(adapter, model).params
     tokenizer = hub.load_tokenizer(model_name)
-    tokenizer.chat_template = header["extra"].get("chat_template") or tokenizer.chat_template
+    adopt_template(tokenizer, adapter)
     return hub.save(model, params, out, tokenizer, jnp.dtype(param_dtype))
 
 

@@ -131,7 +131,7 @@ def prepare(
         raise ValueError(f"packing is for generation tasks; {task.name} is a {task.kind} task: leave out pack")
     if chat_template is not None and task.chats is None:
         raise ValueError(
-            f"a chat template is for conversations; {task.name} has prompts of its own: leave out template"
+            f"a chat template is for conversations; {task.name} has prompts of its own: leave out --chat-template"
         )
     limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
     for name, value in limits.items():
