@@ -68,18 +68,19 @@ def template_of(tokenizer: Any, which: str | None = None) -> str:
     return tokenizer.get_chat_template()
 
 
-def encode(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
-    """The conversation as tokens, up to where the assistant's next message begins.
+def encode(tokenizer: Any, messages: Sequence[Message], template: str, answer: str = "") -> list[int]:
+    """The conversation as tokens, up to where the assistant's next message begins, and `answer` as what it says.
 
     Raises:
       ValueError: the template is no Jinja, or refuses the messages.
     """
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
+        text = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
         )
     except jinja2.TemplateError as e:
         raise ValueError(f"the chat template does not take these messages: {e}") from None
+    return tokenizer(text + answer, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def fitted(

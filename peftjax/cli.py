@@ -292,7 +292,7 @@ class Icl:
       normalize: rank choices by their likelihood a token.
       separator: between demonstrations; \\n is a line's end.
       methods: to train on the same template, as of compare; default: none.
-      adapter: adapter files to score at all numbers of shots.
+      adapter: adapter files to score at all numbers of shots; one of sft in its chat template.
       lr: learning rate for all, or by method, as of compare.
       query_batch: prompts scored at once.
       out: where results, report, plot and adapters go; default: runs/MODEL-TASK-icl.
