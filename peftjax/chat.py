@@ -15,23 +15,28 @@ from .tree import Tree
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 
 
-def load(model_name: str, adapter: str | Path | None, how: Decoding, **options: Any) -> tuple[Writer, Tree]:
+def load(
+    model_name: str, adapter: str | Path | None, how: Decoding, *, spoken: bool = False, **options: Any
+) -> tuple[Writer, Tree]:
     """A writer of the model, and its parameters with the adapter's; the model's own end tokens are added to `how.stop`.
 
     An adapter that was trained on conversations brings its chat template.
 
     Args:
+      spoken: there must be a chat template.
       options: for `peftjax.hub.load`.
 
     Raises:
-      ValueError: from `check`, before anything is loaded; or the adapter is for another base.
+      ValueError: from `check`, or no chat template, before the weights are read; or the adapter is for another base.
     """
     check(how)
-    model, tokenizer = hub.load(model_name, "generation", **options), hub.load_tokenizer(model_name)
-    if adapter is None:
-        return Writer(model, tokenizer, how._replace(stop=(*how.stop, *ends(model, tokenizer)))), model.params
-    params = load_adapter(adapter, model).params
-    adopt_template(tokenizer, adapter)
+    tokenizer = hub.load_tokenizer(model_name)
+    if adapter is not None:
+        adopt_template(tokenizer, adapter)
+    if spoken:
+        template_of(tokenizer)
+    model = hub.load(model_name, "generation", **options)
+    params = model.params if adapter is None else load_adapter(adapter, model).params
     return Writer(model, tokenizer, how._replace(stop=(*how.stop, *ends(model, tokenizer)))), params
 
 

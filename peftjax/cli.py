@@ -655,7 +655,7 @@ def generate(args: Generate) -> None:
 
     from . import chat
 
-    writer, params, key = _open(args.speaker, **dataclasses.asdict(args.decode))
+    writer, params, key = _open(args.speaker, args.chat, **dataclasses.asdict(args.decode))
     template = chat.template_of(writer.tokenizer, args.speaker.chat_template) if args.chat else ""
 
     def read(text: str) -> Any:
@@ -678,7 +678,7 @@ def generate(args: Generate) -> None:
 def chat(args: Chat) -> None:
     from .chat import converse, template_of
 
-    writer, params, key = _open(args.speaker)
+    writer, params, key = _open(args.speaker, True)
     template = template_of(writer.tokenizer, args.speaker.chat_template)
     asks = sys.stdin.isatty() and sys.stdout.isatty()
 
@@ -841,7 +841,7 @@ def _decoding(d: Decode):
     return Decoding(**dataclasses.asdict(d))
 
 
-def _open(s: Speaker, **choices: Any) -> tuple:
+def _open(s: Speaker, chats: bool, **choices: Any) -> tuple:
     """The writer, its parameters, and a key where tokens are drawn."""
     import jax
     import jax.numpy as jnp
@@ -851,7 +851,8 @@ def _open(s: Speaker, **choices: Any) -> tuple:
 
     how = Decoding(s.max_new_tokens, s.temperature, s.top_k, s.top_p, **choices)
     dtypes = {"dtype": jnp.dtype(s.dtype), "param_dtype": jnp.dtype(s.param_dtype)}
-    writer, params = load(s.model, s.adapter, how, quantize=s.quantize, **dtypes)
+    spoken = chats and s.chat_template is None
+    writer, params = load(s.model, s.adapter, how, spoken=spoken, quantize=s.quantize, **dtypes)
     return writer, params, jax.random.key(s.seed) if s.temperature else None
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import data, hub
+from . import data, hub, sft
 from .generate import Decoding, check, decoder, padding_side
 from .hub import Model
 from .likelihood import Likelihood
@@ -147,10 +147,12 @@ def prepare(
     purpose, labels = "generation", None
     if task.kind != "generation":
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
-    model = hub.load(model_name, purpose, labels=labels, **load)
     tokenizer = hub.load_tokenizer(model_name)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    if task.chats is not None:
+        sft.check_tokenizer(tokenizer)  # before the weights are read
+    model = hub.load(model_name, purpose, labels=labels, **load)
     if pack:
         hub.check_packable(model.family)
     reserved = reserve(model)
