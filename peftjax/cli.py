@@ -32,6 +32,7 @@ class Base:
       train_limit: use only so many training rows.
       eval_limit: score on only so many inputs.
       max_length: of a text in tokens; default: the task's.
+      max_new_tokens: of a generated text; default: the longest answer of the rows read, or as the adapter was trained.
       buckets: number of lengths that batches are padded to.
       dtype: of the activations.
       param_dtype: of the base's parameters; what trains is float32.
@@ -48,6 +49,7 @@ class Base:
     train_limit: int | None = None
     eval_limit: int | None = None
     max_length: int | None = None
+    max_new_tokens: int | None = None
     buckets: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -541,7 +543,6 @@ def sft(args: Sft) -> None:
         watch=_watch,
         say=_say,
         pack=args.pack,
-        max_new_tokens=args.max_new_tokens,
         **_prepare(base),
     )
     _say_trained(result, args.out)
@@ -825,6 +826,7 @@ def _prepare(b: Base) -> dict:
         "train_limit": b.train_limit,
         "eval_limit": b.eval_limit,
         "max_length": b.max_length,
+        "max_new_tokens": b.max_new_tokens,
         "max_buckets": b.buckets,
         "dtype": jnp.dtype(b.dtype),
         "param_dtype": jnp.dtype(b.param_dtype),

@@ -187,7 +187,9 @@ def _bench(
         made=lambda name: [{**row, **_columns(words(row))} for row in splits[name]],
         slots=task.slots,
     )
-    options |= {"eval_split": split, "max_new_tokens": 1 + max(map(len, targets))}
+    options["eval_split"] = split
+    if options.get("max_new_tokens") is None:
+        options["max_new_tokens"] = 1 + max(map(len, targets))
     chosen: list[Entry] = []
     if methods is None:
         problem = prepare(model_name, derived, None, need_train=False, **options)

@@ -134,6 +134,7 @@ def prepare(
             f"a chat template is for conversations; {task.name} has prompts of its own: leave out --chat-template"
         )
     limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
+    limits["max_new_tokens"] = max_new_tokens
     for name, value in limits.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")

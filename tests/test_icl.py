@@ -420,6 +420,17 @@ def test_where_nobody_says_what_fits_is_taken(at, tmp_path):
     assert any("8 shots and more are left out: 8 shots do not fit" in x for x in said)
 
 
+def test_shorter_texts_leave_more_room(at, tmp_path, capsys):
+    say = ["icl", "--model", at / "llama", "--task", "e2e", "--data", at / "e2e", "--shots", "0", "--out", tmp_path]
+    main([str(x) for x in [*say, "--max-new-tokens", 2]])
+    (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert row["config"]["max_new_tokens"] == 2
+    assert max(len(text.split()) for text in row["predictions"]) <= 2
+    with pytest.raises(SystemExit):
+        main([str(x) for x in [*say, "--max-new-tokens", 0]])
+    assert "max_new_tokens must be at least 1; got 0" in capsys.readouterr().err
+
+
 def test_virtual_tokens_take_room(at, tmp_path):
     with pytest.raises(ValueError, match=r"0 shots do not fit .* room for 9 beside 55 virtual tokens"):
         run(at, tmp_path, how=FewShot(shots=(0,)), methods="prompt(length=55)")
