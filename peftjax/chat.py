@@ -15,24 +15,34 @@ from .tree import Tree
 Message = dict[str, str]  # {"role": "system", "user" or "assistant", "content": text}
 
 
-def load(model_name: str, adapter: str | Path | None, how: Decoding, **options: Any) -> tuple[Writer, Tree]:
+def load(
+    model_name: str, adapter: str | Path | None, how: Decoding, *, spoken: bool = False, **options: Any
+) -> tuple[Writer, Tree]:
     """A writer of the model, and its parameters with the adapter's; the model's own end tokens are added to `how.stop`.
 
     An adapter that was trained on conversations brings its chat template.
 
     Args:
+      spoken: there must be a chat template.
       options: for `peftjax.hub.load`.
 
     Raises:
-      ValueError: from `check`, before anything is loaded; or the adapter is for another base.
+      ValueError: from `check`, or no chat template, before the weights are read; or the adapter is for another base.
     """
     check(how)
-    model, tokenizer = hub.load(model_name, "generation", **options), hub.load_tokenizer(model_name)
-    if adapter is None:
-        return Writer(model, tokenizer, how._replace(stop=(*how.stop, *ends(model, tokenizer)))), model.params
-    params = load_adapter(adapter, model).params
-    tokenizer.chat_template = read_header(adapter)["extra"].get("chat_template") or tokenizer.chat_template
+    tokenizer = hub.load_tokenizer(model_name)
+    if adapter is not None:
+        adopt_template(tokenizer, adapter)
+    if spoken:
+        template_of(tokenizer)
+    model = hub.load(model_name, "generation", **options)
+    params = model.params if adapter is None else load_adapter(adapter, model).params
     return Writer(model, tokenizer, how._replace(stop=(*how.stop, *ends(model, tokenizer)))), params
+
+
+def adopt_template(tokenizer: Any, adapter: str | Path) -> None:
+    """Gives the tokenizer the chat template that the adapter was trained with, if it was trained on conversations."""
+    tokenizer.chat_template = read_header(adapter)["extra"].get("chat_template") or tokenizer.chat_template
 
 
 def ends(model: hub.Model, tokenizer: Any) -> tuple[int, ...]:
@@ -57,23 +67,25 @@ def template_of(tokenizer: Any, which: str | None = None) -> str:
     if tokenizer.chat_template is None:
         raise ValueError(
             "this model's tokenizer has no chat template, so it was probably not made for conversations; "
-            "write --chat-template alpaca, plain or a file with a Jinja template, or use `peftjax generate`"
+            "write --chat-template alpaca, plain or a file with a Jinja template, or use `peftjax generate` without "
+            "--chat"
         )
     return tokenizer.get_chat_template()
 
 
-def encode(tokenizer: Any, messages: Sequence[Message], template: str) -> list[int]:
-    """The conversation as tokens, up to where the assistant's next message begins.
+def encode(tokenizer: Any, messages: Sequence[Message], template: str, answer: str = "") -> list[int]:
+    """The conversation as tokens, up to where the assistant's next message begins, and `answer` as what it says.
 
     Raises:
       ValueError: the template is no Jinja, or refuses the messages.
     """
     try:
-        return tokenizer.apply_chat_template(
-            list(messages), chat_template=template, add_generation_prompt=True, tokenize=True, return_dict=False
+        text = tokenizer.apply_chat_template(
+            list(messages), chat_template=template, add_generation_prompt=True, tokenize=False
         )
     except jinja2.TemplateError as e:
         raise ValueError(f"the chat template does not take these messages: {e}") from None
+    return tokenizer(text + answer, add_special_tokens=False, verbose=False)["input_ids"]
 
 
 def fitted(

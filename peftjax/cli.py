@@ -32,6 +32,7 @@ class Base:
       train_limit: use only so many training rows.
       eval_limit: score on only so many inputs.
       max_length: of a text in tokens; default: the task's.
+      max_new_tokens: of a generated text; default: the longest answer of the rows read, or as the adapter was trained.
       buckets: number of lengths that batches are padded to.
       dtype: of the activations.
       param_dtype: of the base's parameters; what trains is float32.
@@ -48,6 +49,7 @@ class Base:
     train_limit: int | None = None
     eval_limit: int | None = None
     max_length: int | None = None
+    max_new_tokens: int | None = None
     buckets: int = 2
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -292,7 +294,7 @@ class Icl:
       normalize: rank choices by their likelihood a token.
       separator: between demonstrations; \\n is a line's end.
       methods: to train on the same template, as of compare; default: none.
-      adapter: adapter files to score at all numbers of shots.
+      adapter: adapter files to score at all numbers of shots; one of sft in its chat template.
       lr: learning rate for all, or by method, as of compare.
       query_batch: prompts scored at once.
       out: where results, report, plot and adapters go; default: runs/MODEL-TASK-icl.
@@ -541,7 +543,6 @@ def sft(args: Sft) -> None:
         watch=_watch,
         say=_say,
         pack=args.pack,
-        max_new_tokens=args.max_new_tokens,
         **_prepare(base),
     )
     _say_trained(result, args.out)
@@ -655,7 +656,7 @@ def generate(args: Generate) -> None:
 
     from . import chat
 
-    writer, params, key = _open(args.speaker, **dataclasses.asdict(args.decode))
+    writer, params, key = _open(args.speaker, args.chat, **dataclasses.asdict(args.decode))
     template = chat.template_of(writer.tokenizer, args.speaker.chat_template) if args.chat else ""
 
     def read(text: str) -> Any:
@@ -678,7 +679,7 @@ def generate(args: Generate) -> None:
 def chat(args: Chat) -> None:
     from .chat import converse, template_of
 
-    writer, params, key = _open(args.speaker)
+    writer, params, key = _open(args.speaker, True)
     template = template_of(writer.tokenizer, args.speaker.chat_template)
     asks = sys.stdin.isatty() and sys.stdout.isatty()
 
@@ -825,6 +826,7 @@ def _prepare(b: Base) -> dict:
         "train_limit": b.train_limit,
         "eval_limit": b.eval_limit,
         "max_length": b.max_length,
+        "max_new_tokens": b.max_new_tokens,
         "max_buckets": b.buckets,
         "dtype": jnp.dtype(b.dtype),
         "param_dtype": jnp.dtype(b.param_dtype),
@@ -841,7 +843,7 @@ def _decoding(d: Decode):
     return Decoding(**dataclasses.asdict(d))
 
 
-def _open(s: Speaker, **choices: Any) -> tuple:
+def _open(s: Speaker, chats: bool, **choices: Any) -> tuple:
     """The writer, its parameters, and a key where tokens are drawn."""
     import jax
     import jax.numpy as jnp
@@ -851,7 +853,8 @@ def _open(s: Speaker, **choices: Any) -> tuple:
 
     how = Decoding(s.max_new_tokens, s.temperature, s.top_k, s.top_p, **choices)
     dtypes = {"dtype": jnp.dtype(s.dtype), "param_dtype": jnp.dtype(s.param_dtype)}
-    writer, params = load(s.model, s.adapter, how, quantize=s.quantize, **dtypes)
+    spoken = chats and s.chat_template is None
+    writer, params = load(s.model, s.adapter, how, spoken=spoken, quantize=s.quantize, **dtypes)
     return writer, params, jax.random.key(s.seed) if s.temperature else None
 
 

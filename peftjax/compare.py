@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from . import hub, report
+from .chat import adopt_template
 from .checkpoint import load_adapter, read_header
 from .data import load_rows
 from .generate import Decoding
@@ -261,7 +262,8 @@ def steer(
     tuned = small if expert is None else hub.load(expert, "generation", **dtypes)
     if adapter is not None:
         tuned = tuned._replace(params=load_adapter(adapter, small).params)
-        options["max_new_tokens"] = read_header(adapter)["extra"].get("config", {}).get("max_new_tokens")
+        trained = read_header(adapter)["extra"].get("config", {}).get("max_new_tokens")
+        options["max_new_tokens"] = options.get("max_new_tokens") or trained
     room = min(small.max_length, tuned.room(tuned.params))
 
     def reserve(model: Model) -> int:
@@ -291,8 +293,8 @@ def _problem_of(adapter, model_name, task, source, seed, say, options) -> Proble
     """The problem to score an adapter on, or the base."""
     row = get_task(task)
     header = None if adapter is None else read_header(adapter)
-    if header is not None:  # texts as long as when it was trained
-        options["max_new_tokens"] = header["extra"].get("config", {}).get("max_new_tokens")
+    if header is not None and options.get("max_new_tokens") is None:  # texts as long as when it was trained
+        options["max_new_tokens"] = header["extra"].get("config", {}).get("max_new_tokens") or None
     if header is not None and row.chats is not None and "chats" in header["extra"]:  # the rows that were held out then
         task = row._replace(chats=Chats(**header["extra"]["chats"]))
         options["chat_template"] = options.get("chat_template") or header["extra"]["chat_template"]
@@ -323,7 +325,7 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
     model = hub.load(model_name, purpose, labels=labels if purpose == "classification" else None, quantize=how)
     params = load_adapter(adapter, model).params
     tokenizer = hub.load_tokenizer(model_name)
-    tokenizer.chat_template = header["extra"].get("chat_template") or tokenizer.chat_template
+    adopt_template(tokenizer, adapter)
     return hub.save(model, params, out, tokenizer, jnp.dtype(param_dtype))
 
 

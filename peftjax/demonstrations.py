@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from . import chat
+from .generate import Prompt
 from .likelihood import Pair, encode_pair
 from .problem import Problem
 from .tasks import Row, Task
@@ -232,7 +234,7 @@ class Asked(NamedTuple):
       prompt_tokens: mean.
     """
 
-    prompts: list[str]
+    prompts: Sequence[Prompt]
     pairs: list[Pair]
     choices: list[list[int]]
     free: list[list[list[int]]]
@@ -241,14 +243,22 @@ class Asked(NamedTuple):
     prompt_tokens: float
 
 
-def ask(bench: Bench, shots: int, seed: int) -> Asked:
-    """The prompts of all items with so many demonstrations; of a task with choices also as tokens, with each choice."""
+def ask(bench: Bench, shots: int, seed: int, template: str | None = None) -> Asked:
+    """The prompts of all items with so many demonstrations; of a task with choices also as tokens, with each choice.
+
+    With a chat template, each prompt is a user's message, and what is scored or written is the assistant's.
+    """
     how, tokenizer = bench.how, bench.problem.tokenizer
     answers, queries = [r.target for r in bench.pool], [item.text for item in bench.items]
     sets = select(how.select, bench.texts, answers, queries, shots, seed)
     shown = [[bench.pool[i] for i in one] for one in sets]
     prompts = [join(s, item.input, how.separator) for s, item in zip(shown, bench.items, strict=True)]
     if not bench.items[0].choices:
+        if template is not None:
+            told = [chat.encode(tokenizer, _message(prompt), template) for prompt in prompts]
+            lengths = [len(x) for x in told]
+            most = [n + bench.problem.max_new_tokens for n in lengths]
+            return Asked(told, [], [], [], 0, most, statistics.fmean(lengths))
         begin = 0 if bench.encodes or tokenizer.bos_token_id is None else 1
         ids = tokenizer(prompts, add_special_tokens=bench.encodes, verbose=False)["input_ids"]
         lengths = [begin + len(x) for x in ids]
@@ -265,7 +275,10 @@ def ask(bench: Bench, shots: int, seed: int) -> Asked:
         [number(join(s, text, how.separator), item) for text in item.free]
         for s, item in zip(shown, bench.items, strict=True)
     ]
-    pairs = [encode_pair(tokenizer, *texts, encodes=bench.encodes) for texts in numbers]
+    if template is None:
+        pairs = [encode_pair(tokenizer, *texts, encodes=bench.encodes) for texts in numbers]
+    else:
+        pairs = [_chat_pair(tokenizer, *texts, template) for texts in numbers]
     sizes = [len(x) if bench.encodes else len(x) + len(y) for x, y in pairs]
     of_item = [[*c, *(i for one in f for i in one)] for c, f in zip(choices, free, strict=True)]
     once = len(set(sets)) == 1  # then the content-free prompts are the same for all queries, however many
@@ -278,3 +291,15 @@ def ask(bench: Bench, shots: int, seed: int) -> Asked:
         [max(sizes[i] for i in one) for one in of_item],
         statistics.fmean(len(pairs[c[0]][0]) for c in choices),
     )
+
+
+def _message(prompt: str) -> list[chat.Message]:
+    return [{"role": "user", "content": prompt}]
+
+
+def _chat_pair(tokenizer: Any, prompt: str, choice: str, template: str) -> Pair:
+    """The conversation up to where the answer begins, and the answer as it is read after that."""
+    head = chat.encode(tokenizer, _message(prompt), template)
+    whole = chat.encode(tokenizer, _message(prompt), template, answer=choice.strip())
+    start = next((i for i, (x, y) in enumerate(zip(head, whole, strict=False)) if x != y), len(head))
+    return whole[:start], whole[start:]

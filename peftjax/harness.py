@@ -21,6 +21,7 @@ except ImportError as e:
     raise ImportError(f"this needs the package lm-eval ({e}); run: pip install 'peftjax[lm-eval]'") from e
 
 from . import hub
+from .chat import adopt_template
 from .checkpoint import load_adapter
 from .generate import Decoding, complete
 from .likelihood import Likelihood
@@ -76,6 +77,7 @@ class PeftjaxLM(TemplateLM):
             model = hub.load(model, "generation", quantize=quantize, **dtypes)
         if adapter is not None:
             params = load_adapter(adapter, model).params
+            adopt_template(tokenizer, adapter)
         self.model, self.tokenizer = model, tokenizer
         self.params = model.params if params is None else params
         self.encodes = model.family.start_id is not None
@@ -106,6 +108,8 @@ class PeftjaxLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        if self.tokenizer.chat_template is None:
+            raise ValueError("neither this model's tokenizer nor the adapter has a chat template; leave out --chat")
         way = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         return self.tokenizer.apply_chat_template(chat_history, tokenize=False, **way)
 
@@ -155,7 +159,7 @@ class PeftjaxLM(TemplateLM):
             members.sort(key=lambda i: len(requests[i].args[0]))  # equal lengths together: less padding
             for at in range(0, len(members), CHUNK):
                 part = members[at : at + CHUNK]
-                prompts = [self._shortened(requests[i].args[0], how.max_new_tokens) for i in part]
+                prompts = [self.tok_encode(self._shortened(requests[i].args[0], how.max_new_tokens)) for i in part]
                 self._key, key = jax.random.split(self._key)
                 rest: dict[str, Any] = {"key": key, "until": until, "batch_size": self.batch_size}
                 texts = complete(self.model, self.params, self.tokenizer, prompts, how, **rest)

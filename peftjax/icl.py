@@ -64,7 +64,7 @@ def icl(
 
     Args:
       methods: to be trained on the same template, as on the command line; None: none.
-      adapters: files, scored at all numbers of shots.
+      adapters: files, scored at all numbers of shots; one that was trained on conversations, in its chat template.
       rates: method name -> learning rate; '' stands for all others.
       out: `results.jsonl` (a line for each row, at once when it is done), `report.md`, `costs.png`, `runs/`.
       options: for `peftjax.problem.prepare`.
@@ -83,19 +83,23 @@ def icl(
     prompted = {BASE: model.params} | {name: load_adapter(file, model).params for name, file in files.items()}
     rated = _rated(bench, chosen, rates, settings, model_name)
     context = min(options.get("max_length") or model.max_length, model.max_length)
-    asked, left_out = _fitting(bench, context, taken)
+    spoken = {name: read_header(file)["extra"].get("chat_template") for name, file in files.items()}
+    ways = {template: _fitting(bench, context, taken, template) for template in dict.fromkeys([None, *spoken.values()])}
+    asked, left_out = ways[None][0], dict.fromkeys(note for _, notes in ways.values() for note in notes)
     plain = asked.get((0, 0)) or (ask(bench, 0, 0) if chosen else None)
     if plain is not None and chosen:
         _check_room(0, 0, plain, context, max(_virtual(bench, entry) for entry in chosen))
     notes = [*bench.problem.notes, *left_out, *(f"{e.name}: {e.note}" for e in chosen if e.note)]
+    notes += [f"{file} is asked in the chat template that it was trained with" for file in spoken if spoken[file]]
     for note in notes:
         say(f"note: {note}")
 
     rows = []
     for name, params in prompted.items():
         mark, scorer = None if name == BASE else _digest_of(files[name]), None
-        for (shots, seed), one in asked.items():
-            config = _configuration(bench, shots, seed, mark)
+        template = spoken.get(name)
+        for (shots, seed), one in ways[template][0].items():
+            config = _configuration(bench, shots, seed, mark, template)
             title = f"{name}, {shots} shots, seed {seed}" if shots else f"{name}, zero-shot"
             done = store.get(config)
             if done is not None:
@@ -184,7 +188,9 @@ def _bench(
         made=lambda name: [{**row, **_columns(words(row))} for row in splits[name]],
         slots=task.slots,
     )
-    options |= {"eval_split": split, "max_new_tokens": 1 + max(map(len, targets))}
+    options["eval_split"] = split
+    if options.get("max_new_tokens") is None:
+        options["max_new_tokens"] = 1 + max(map(len, targets))
     chosen: list[Entry] = []
     if methods is None:
         problem = prepare(model_name, derived, None, need_train=False, **options)
@@ -231,12 +237,14 @@ def _item(task: Task, group: list[Row], words: Callable, how: FewShot, template:
 # Whether the prompts fit
 
 
-def _fitting(bench: Bench, context: int, taken: int) -> tuple[dict[tuple[int, int], Asked], list[str]]:
+def _fitting(
+    bench: Bench, context: int, taken: int, template: str | None
+) -> tuple[dict[tuple[int, int], Asked], list[str]]:
     """(shots, seed) -> the prompts, all of which fit; and a note on what does not, if nobody asked for it."""
     found, wanted = {}, sorted(SHOTS if bench.how.shots is None else bench.how.shots)
     for shots in wanted:
         try:
-            of_seeds = {(shots, seed): ask(bench, shots, seed) for seed in _seeds(bench.how, shots)}
+            of_seeds = {(shots, seed): ask(bench, shots, seed, template) for seed in _seeds(bench.how, shots)}
             for (_, seed), asked in of_seeds.items():
                 _check_room(shots, seed, asked, context, taken)
         except ValueError as e:
@@ -427,8 +435,8 @@ class _Store:
         return row
 
 
-def _configuration(bench: Bench, shots: int, seed: int, mark: str | None) -> dict:
-    """All that a row depends on, as JSON; `mark` tells what was put on the base."""
+def _configuration(bench: Bench, shots: int, seed: int, mark: str | None, template: str | None = None) -> dict:
+    """All that a row depends on, as JSON; `mark` tells what was put on the base, `template` is of its conversations."""
     p, how = bench.problem, bench.how
     pool = bench.pool if shots else []
     what = repr([bench.items, pool, bench.texts if shots and how.select == "bm25" else None])
@@ -451,6 +459,8 @@ def _configuration(bench: Bench, shots: int, seed: int, mark: str | None) -> dic
         "param_dtype": str(next(iter(flatten(p.model.params, is_leaf=is_node).values())).dtype),
         "quantize": quantized_as(p.model.params),
     }
+    if template is not None:
+        config["chat_template"] = template
     return json.loads(json.dumps(config))
 
 

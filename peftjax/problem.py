@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from . import data, hub
+from . import data, hub, sft
 from .generate import Decoding, check, decoder, padding_side
 from .hub import Model
 from .likelihood import Likelihood
@@ -131,9 +131,10 @@ def prepare(
         raise ValueError(f"packing is for generation tasks; {task.name} is a {task.kind} task: leave out pack")
     if chat_template is not None and task.chats is None:
         raise ValueError(
-            f"a chat template is for conversations; {task.name} has prompts of its own: leave out template"
+            f"a chat template is for conversations; {task.name} has prompts of its own: leave out --chat-template"
         )
     limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
+    limits["max_new_tokens"] = max_new_tokens
     for name, value in limits.items():
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}")
@@ -147,10 +148,12 @@ def prepare(
     purpose, labels = "generation", None
     if task.kind != "generation":
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
-    model = hub.load(model_name, purpose, labels=labels, **load)
     tokenizer = hub.load_tokenizer(model_name)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
+    if task.chats is not None:
+        sft.check_tokenizer(tokenizer)  # before the weights are read
+    model = hub.load(model_name, purpose, labels=labels, **load)
     if pack:
         hub.check_packable(model.family)
     reserved = reserve(model)

@@ -200,6 +200,17 @@ def _mixed(parts: list[list[Row]], weights: list[float | None]) -> list[Row]:
 # Tokens
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Raises a ValueError unless the tokenizer has a chat template and a token that ends an answer."""
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "the tokenizer has no chat template; write --chat-template alpaca, plain, or a FILE with a Jinja template "
+            "(in Python: tokenizer.chat_template = sft.template('alpaca'))"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ValueError("the tokenizer has no end-of-text token, so no answer would end; set tokenizer.eos_token")
+
+
 def encode(chats: Chats, rows: Sequence[Row], tokenizer: Any, limit: int, *, for_generation: bool = False) -> Encoded:
     """Conversations as tokens, at most `limit` each, with the loss on the assistant's turns, their ends included.
 
@@ -212,13 +223,7 @@ def encode(chats: Chats, rows: Sequence[Row], tokenizer: Any, limit: int, *, for
       ValueError: no chat template, no end-of-text token, a template that refuses a conversation or whose beginnings
         change with what follows, or no answer that fits into the limit.
     """
-    if tokenizer.chat_template is None:
-        raise ValueError(
-            "the tokenizer has no chat template; write --chat-template alpaca, plain, or a FILE with a Jinja template "
-            "(in Python: tokenizer.chat_template = sft.template('alpaca'))"
-        )
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-text token, so no answer would end; set tokenizer.eos_token")
+    check_tokenizer(tokenizer)
     if for_generation:
         asked = [json.loads(row["prompt"]) for row in rows[:SAMPLES]]
         texts = [_render(tokenizer, turns, row["at"], True) for turns, row in zip(asked, rows, strict=False)]

@@ -147,7 +147,7 @@ def read_templates(file: str | Path) -> dict[str, tuple[Template, ...]]:
 def _task(where: str, value: Any) -> tuple[Template, ...]:
     templates = value.get("templates") if isinstance(value, dict) else None
     if not isinstance(templates, dict) or not templates:
-        raise ValueError(f"{where}: expected `templates`, a mapping from names to inputs; got {value!r:.80}")
+        raise ValueError(f"{where}: expected `templates`, written {{NAME: INPUT}}, beside `target`; got {value!r:.80}")
     _known(where, value, (*_SHARED, "templates"))
     shared = {k: v for k, v in value.items() if k != "templates"}
     out = []

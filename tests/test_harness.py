@@ -127,7 +127,7 @@ def test_what_a_task_asks_of_the_decoding_is_passed_on(at, monkeypatch):
     (hot, (long,), rest), (cold, _, _) = asked
     assert (hot.temperature, hot.top_p, hot.top_k, hot.max_new_tokens, hot.stop) == (0.7, 0.9, 5, 4, (3,))
     assert rest["until"] == ("a",)
-    assert (len(_ids(long)), long.strip()) == (59, ("the cat " * 40).strip()[-len(long.strip()) :])
+    assert long == [2, *_ids("the cat " * 40)[-59:]]
     assert (cold.temperature, cold.max_new_tokens) == (0, 32)
     with pytest.raises(ValueError, match=r"generation_kwargs \['colour'\] are not known"):
         lm.generate_until(_requests(("dog", {"colour": 1})))
@@ -154,6 +154,22 @@ def test_adapters_and_quantised_bases_are_scored_as_they_are(at, tmp_path, key):
         lm = PeftjaxLM(str(at / "llama"), **way)
         got = lm.loglikelihood(_requests((context, target)), disable_tqdm=True)[0][0]
         assert got == pytest.approx(plain[name], abs=1e-4), name
+
+
+def test_an_adapter_of_conversations_is_asked_in_their_template(at, tmp_path, key):
+    """The BOS token that the template writes is not put before it again."""
+    base, method = hub.load(at / "llama", "generation"), lora(rank=2)
+    params = method.init(key, base.params, base.sites)
+    turn = "{{ bos_token }}{% for m in messages %}name : {{ m.content }}{% endfor %} ||"
+    save_adapter(tmp_path / "adapter", base, method, params, {"chat_template": turn})
+    lm = PeftjaxLM(str(at / "llama"), adapter=tmp_path / "adapter")
+    text = lm.apply_chat_template([{"role": "user", "content": "the cat sat"}])
+    assert text == "[CLS]name : the cat sat ||"
+    (got,) = lm.generate_until(_requests((text, {"until": [], "max_gen_toks": 6})))
+    want = tiny.tokenizer().decode(_greedy(at / "llama", "name : the cat sat ||", 6), skip_special_tokens=True)
+    assert got.strip() == want.strip()
+    with pytest.raises(ValueError, match="has a chat template; leave out --chat"):
+        PeftjaxLM(str(at / "llama")).apply_chat_template([{"role": "user", "content": "cat"}])
 
 
 def test_lm_eval_finds_the_class_by_its_name(at):

@@ -10,10 +10,11 @@ import pytest
 import tiny
 from conftest import SHARED, needs_shared
 
-from peftjax import costs, icl_report, methods
-from peftjax.checkpoint import read_header
+from peftjax import costs, hub, icl_report, methods
+from peftjax.checkpoint import read_header, save_adapter
 from peftjax.cli import main
 from peftjax.demonstrations import SELECTIONS, FewShot, join, select, wording
+from peftjax.generate import Decoding, complete
 from peftjax.icl import Scorer, calibrated, icl
 from peftjax.likelihood import Likelihood
 from peftjax.problem import objective, prepare
@@ -337,6 +338,38 @@ def test_rows_are_the_references_and_stay(at, tmp_path):
     assert (tmp_path / "results.jsonl").read_text() == before
 
 
+def test_an_adapter_of_conversations_is_asked_in_their_template(at, tmp_path, key):
+    """Labels as transformers ranks them after the template's words; texts as written after its tokens."""
+    import torch
+    import transformers
+
+    base, method = hub.load(at / "llama", "generation"), methods.lora(rank=2)
+    params = method.init(key, base.params, base.sites)  # which is the base's function, as B is zero
+    turn = "{{ bos_token }}{% for m in messages %}name : {{ m.content }}{% endfor %} || "
+    save_adapter(tmp_path / "adapter", base, method, params, {"chat_template": turn})
+    file, said = str(tmp_path / "adapter"), []
+    how = FewShot(shots=(0,), batch_size=4)
+    rows = run(at, tmp_path / "labels", how=how, adapters=[file], said=said)
+    reference, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(at / "llama").eval(), tiny.tokenizer()
+    chosen = []
+    for row in tiny.rows("sst2", 8, 1):
+        ids = tokenizer(f"name : {row['sentence']} is ||", add_special_tokens=False)["input_ids"]
+        with torch.no_grad():
+            logits = reference(torch.tensor([[2, *ids]])).logits[0, -1]
+        bad, good = (float(logits[tokenizer.convert_tokens_to_ids(c)]) for c in ("bad", "good"))
+        chosen.append(int(good > bad))
+    assert rows[file, 0, 0]["predictions"] == chosen
+    assert rows[file, 0, 0]["prompt_tokens"] == rows["base", 0, 0]["prompt_tokens"] + 3
+    assert any("is asked in the chat template" in x for x in said)
+
+    rows = run(at, tmp_path / "texts", task="e2e", how=how, adapters=[file])
+    queries = [wording(get_task("e2e"))[1](row).input for row in tiny.rows("e2e", 8, 1)]
+    ids = tokenizer([f"[CLS]name : {q} || " for q in dict.fromkeys(queries)], add_special_tokens=False)["input_ids"]
+    new = rows[file, 0, 0]["config"]["max_new_tokens"]
+    want = complete(base, base.params, tokenizer, ids, Decoding(new, stop=(3,)), until=["\n\n"])
+    assert rows[file, 0, 0]["predictions"] == [text.strip() for text in want]
+
+
 def test_what_is_done_stays_when_a_later_row_fails(at, tmp_path, monkeypatch):
     score = Scorer.__call__
 
@@ -388,6 +421,17 @@ def test_where_nobody_says_what_fits_is_taken(at, tmp_path):
     rows = run(at, tmp_path, how=FewShot(), said=said)
     assert [shots for _, shots, _ in rows] == [0, 1, 2, 4]
     assert any("8 shots and more are left out: 8 shots do not fit" in x for x in said)
+
+
+def test_shorter_texts_leave_more_room(at, tmp_path, capsys):
+    say = ["icl", "--model", at / "llama", "--task", "e2e", "--data", at / "e2e", "--shots", "0", "--out", tmp_path]
+    main([str(x) for x in [*say, "--max-new-tokens", 2]])
+    (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert row["config"]["max_new_tokens"] == 2
+    assert max(len(text.split()) for text in row["predictions"]) <= 2
+    with pytest.raises(SystemExit):
+        main([str(x) for x in [*say, "--max-new-tokens", 0]])
+    assert "max_new_tokens must be at least 1; got 0" in capsys.readouterr().err
 
 
 def test_virtual_tokens_take_room(at, tmp_path):

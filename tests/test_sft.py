@@ -391,6 +391,15 @@ def call(capsys, *args):
     return status, out, err
 
 
+@pytest.mark.parametrize("verb", [("sft", "--data"), ("generate", "--chat", "--prompt"), ("chat", "--system")])
+def test_a_missing_chat_template_is_said_before_the_weights_are_read(tmp_path, capsys, monkeypatch, verb):
+    model, f = tiny.folder(tmp_path / "model", "llama"), files(tmp_path / "data", a=4)
+    monkeypatch.setattr(hub, "load", lambda *a, **k: pytest.fail("the weights are read"))
+    status, _, err = call(capsys, *verb, f["a"], "--model", model)
+    assert (status, err.count("\n")) == (1, 1)
+    assert "has no chat template" in err
+
+
 def test_the_verb_trains_resumes_and_its_adapter_works_elsewhere(tmp_path, capsys):
     model, f = tiny.folder(tmp_path / "model", "llama"), files(tmp_path / "data", a=30, b=10)
     source = f"{f['a']},{f['b']}=0.4"

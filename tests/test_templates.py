@@ -178,7 +178,7 @@ def test_a_file(tmp_path):
     [
         ("reviews:", "reviews: [", "is no YAML"),
         ("0: bad, 1: good", "0: no, 1: yes", r"reviews.*plain.*got False.*quotes"),
-        ("  templates:", "  Templates:", "reviews.*expected `templates`"),
+        ("  templates:", "  Templates:", "reviews.*expected `templates`, written {NAME: INPUT}, beside `target`"),
         ("{input: ", "{inputs: ", "shout.*'inputs' is none of input, target"),
         ('  target: "{{ label }}"\n', "", "plain.*`target` must be a text; got None"),
         ("choices: bad ||| good", "choices: [bad, good]", "`choices` must be one text"),
