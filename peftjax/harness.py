@@ -3,6 +3,7 @@
 Needs the package lm-eval; importing this module registers the class there as `peftjax`.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ except ImportError as e:
 
 from . import hub
 from .checkpoint import load_adapter
-from .generate import Decoding, complete
+from .generate import Decoding, Writer
 from .likelihood import Likelihood
 from .run import check_writable
 from .tree import Tree
@@ -85,6 +86,7 @@ class PeftjaxLM(TemplateLM):
         self.max_length = min(int(max_length or room), room)
         self._likely = Likelihood(model, tokenizer.pad_token_id or 0, self.batch_size)
         self._key = jax.random.key(seed)
+        self._writer = functools.cache(functools.partial(Writer, model, tokenizer))  # each decoding compiles once
 
     @property
     def eot_token_id(self) -> int:
@@ -158,7 +160,7 @@ class PeftjaxLM(TemplateLM):
                 prompts = [self._shortened(requests[i].args[0], how.max_new_tokens) for i in part]
                 self._key, key = jax.random.split(self._key)
                 rest: dict[str, Any] = {"key": key, "until": until, "batch_size": self.batch_size}
-                texts = complete(self.model, self.params, self.tokenizer, prompts, how, **rest)
+                texts = self._writer(how).complete(self.params, prompts, **rest)
                 for i, text in zip(part, texts, strict=True):
                     out[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -190,13 +192,12 @@ class PeftjaxLM(TemplateLM):
         )
         return how, (until,) if isinstance(until, str) else tuple(until)
 
-    def _shortened(self, prompt: str, new: int) -> str:
-        """The end of the prompt that leaves room for the text."""
+    def _shortened(self, prompt: str, new: int) -> list[int]:
+        """The prompt as tokens, as `tok_encode` begins it, without those that leave no room for the text."""
+        ids = self.tok_encode(prompt)
         room = self.max_length if self.encodes else self.max_length - new
-        while (surplus := len(self.tok_encode(prompt)) - room) > 0:
-            places = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            prompt = prompt[max(1, places["offset_mapping"][min(surplus, len(places["offset_mapping"]) - 1)][0]) :]
-        return prompt
+        begin = ids[:1] if not self.encodes and ids[:1] == [self.tokenizer.bos_token_id] else []
+        return ids if len(ids) <= room else [*begin, *ids[len(ids) - room + len(begin) :]]
 
 
 def find_tasks(names: Sequence[str], include: str | Path | None = None) -> TaskManager:

@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.registry import get_model
 
-from peftjax import cli, harness, hub
+from peftjax import cli, generate, harness, hub
 from peftjax.checkpoint import save_adapter
 from peftjax.harness import PeftjaxLM
 from peftjax.likelihood import Likelihood
@@ -114,20 +114,41 @@ def test_texts_are_those_of_transformers_up_to_what_ends_them(at, family):
     assert cut == [got[i][: got[i].index(end)], got[i - 1]]
 
 
+def test_texts_begin_with_one_bos_and_a_decoding_compiles_once(at, monkeypatch):
+    lm, made, read = PeftjaxLM(str(at / "llama")), [], []
+    lm.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = lm.apply_chat_template([{"role": "user", "content": "cat dog"}])
+
+    def decoder(model, how, pad_id):
+        made.append(how)
+
+        def decode(params, ids, mask, key=None):
+            read.extend(row[on > 0].tolist() for row, on in zip(ids, mask, strict=True))
+            return np.full((len(ids), how.max_new_tokens), 3)
+
+        return decode
+
+    monkeypatch.setattr(generate, "decoder", decoder)
+    monkeypatch.setattr(harness, "CHUNK", 1)
+    lm.generate_until(_requests(*((text, {"until": [], "max_gen_toks": 4}) for text in ("cat dog", chat))))
+    assert read == [[2, *_ids("cat dog")]] * 2
+    assert len(made) == 1
+
+
 def test_what_a_task_asks_of_the_decoding_is_passed_on(at, monkeypatch):
     lm, asked = PeftjaxLM(str(at / "llama")), []
 
-    def record(model, params, tokenizer, prompts, how, **rest):
-        asked.append((how, prompts, rest))
+    def record(writer, params, prompts, **rest):
+        asked.append((writer.how, prompts, rest))
         return ["" for _ in prompts]
 
-    monkeypatch.setattr(harness, "complete", record)
+    monkeypatch.setattr(harness.Writer, "complete", record)
     drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "until": ["a"], "max_gen_toks": 4}
     lm.generate_until(_requests(("the cat " * 40, drawn), ("dog", {"temperature": 0.7, "do_sample": False})))
     (hot, (long,), rest), (cold, _, _) = asked
     assert (hot.temperature, hot.top_p, hot.top_k, hot.max_new_tokens, hot.stop) == (0.7, 0.9, 5, 4, (3,))
     assert rest["until"] == ("a",)
-    assert (len(_ids(long)), long.strip()) == (59, ("the cat " * 40).strip()[-len(long.strip()) :])
+    assert long == [2, *_ids("the cat " * 40)[-59:]]  # 64 positions less the 4 new tokens, BOS among them
     assert (cold.temperature, cold.max_new_tokens) == (0, 32)
     with pytest.raises(ValueError, match=r"generation_kwargs \['colour'\] are not known"):
         lm.generate_until(_requests(("dog", {"colour": 1})))
