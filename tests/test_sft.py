@@ -117,6 +117,12 @@ def test_the_loss_is_on_the_answers_and_their_ends(template):
         assert example.input_ids.count(t.bos_token_id) == 1
 
 
+def test_an_unknown_word_does_not_end_an_answer():
+    t = tokenizer("{% for m in messages %}{{ m.content }} {% endfor %}")
+    (example,) = sft.encode(Chats(), [row([CHAT[0], {"role": BOT, "content": "red zebra blue"}])], t, 99).examples
+    assert learnt(t, example) == "red [UNK] blue"
+
+
 def test_what_is_generated_from_is_what_was_trained_on():
     t = tokenizer()
     (example,) = sft.encode(Chats(), [row(LONG_CHAT)], t, 99).examples
