@@ -22,7 +22,7 @@ except ImportError as e:
     raise ImportError(f"this needs the package lm-eval ({e}); run: pip install 'peftjax[lm-eval]'") from e
 
 from . import hub
-from .checkpoint import load_adapter
+from .checkpoint import load_adapter, read_header
 from .generate import Decoding, Writer
 from .likelihood import Likelihood
 from .run import check_writable
@@ -43,7 +43,7 @@ class PeftjaxLM(TemplateLM):
 
     Args:
       model: folder or hub name, or a model-like value with the `params` and `tokenizer` to use.
-      adapter: file of an adapter that was trained on the model.
+      adapter: file of an adapter that was trained on the model; of one trained on conversations, with its template.
       quantize, dtype, param_dtype: as for `peftjax.hub.load`.
       batch_size: requests at once.
       max_length: in tokens; default: what the model has room for, less virtual tokens.
@@ -77,6 +77,7 @@ class PeftjaxLM(TemplateLM):
             model = hub.load(model, "generation", quantize=quantize, **dtypes)
         if adapter is not None:
             params = load_adapter(adapter, model).params
+            tokenizer.chat_template = read_header(adapter)["extra"].get("chat_template") or tokenizer.chat_template
         self.model, self.tokenizer = model, tokenizer
         self.params = model.params if params is None else params
         self.encodes = model.family.start_id is not None
@@ -230,7 +231,15 @@ def run_tasks(
 
     The folder gets `results.json`, `table.md`, `samples_TASK.jsonl` and the answers as they come
     (`answers-MODEL_rank0.db`), which the same model uses again if the run is repeated there.
+
+    Raises:
+      ValueError: `chat`, and the tokenizer has no chat template.
     """
+    if chat and lm.tokenizer.chat_template is None:
+        raise ValueError(
+            "this model's tokenizer has no chat template; leave out --chat, or give an --adapter that was trained on "
+            "conversations (peftjax sft)"
+        )
     out = check_writable(out)
     results: Any = simple_evaluate(
         lm,

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -239,11 +240,24 @@ def test_whole_tasks_by_the_verb(at, tmp_path, capsys, monkeypatch):
     table = (tmp_path / "out/table.md").read_text()
     assert len((tmp_path / "out/samples_tiny_choice.jsonl").read_text().splitlines()) == 9
     monkeypatch.setattr(Likelihood, "__call__", lambda *a: pytest.fail("asked again"))
-    monkeypatch.setattr(harness, "complete", lambda *a, **k: pytest.fail("asked again"))
+    monkeypatch.setattr(harness.Writer, "complete", lambda *a, **k: pytest.fail("asked again"))
     cli.main(command)
     assert (tmp_path / "out/table.md").read_text() == table
     with pytest.raises(ValueError, match=r"lm-eval has no task \['hellaswagg'\]; `lm_eval ls tasks` lists them"):
         harness.find_tasks(["tiny_text", "hellaswagg"])
+
+
+def test_an_adapter_of_conversations_brings_its_chat_template(at, tmp_path, key):
+    model = hub.load(at / "llama", "generation")
+    params = lora(rank=2).init(key, model.params, model.sites)
+    for name, extra in (("chat", {"chat_template": "{{ messages[0].content }}!"}), ("plain", {})):
+        save_adapter(tmp_path / name, model, lora(rank=2), params, extra)
+    lm = PeftjaxLM(str(at / "llama"), tmp_path / "chat")
+    assert lm.apply_chat_template([{"role": "user", "content": "cat"}]) == "cat!"
+    lm = PeftjaxLM(str(at / "llama"), tmp_path / "plain")
+    manager: Any = None  # what is wrong is said before a task is looked at
+    with pytest.raises(ValueError, match="has no chat template; leave out --chat, or give an --adapter"):
+        harness.run_tasks(lm, ["tiny_text"], manager, tmp_path / "out", chat=True)
 
 
 def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch):
