@@ -86,7 +86,7 @@ class PeftjaxLM(TemplateLM):
         room = model.room(self.params)
         self.max_length = min(int(max_length or room), room)
         self._likely = Likelihood(model, tokenizer.pad_token_id or 0, self.batch_size)
-        self._key = jax.random.key(seed)
+        self.seed, self._key = seed, jax.random.key(seed)
         self._writer = functools.cache(functools.partial(Writer, model, tokenizer))  # each decoding compiles once
 
     @property
@@ -265,7 +265,7 @@ def run_tasks(
 
 def _digest(lm: Any) -> str:
     """Sixteen hex digits of what answers depend on."""
-    digest = hashlib.sha256(f"{lm.model.config} {lm.max_length} {lm.model.module.dtype}".encode())
+    digest = hashlib.sha256(f"{lm.model.config} {lm.max_length} {lm.model.module.dtype} {lm.seed}".encode())
     for x in jax.tree.leaves(lm.params):
         flat = x.reshape(-1)
         digest.update(f"{x.dtype} {x.shape}".encode() + jax.device_get(flat[:: max(1, x.size // 1024)]).tobytes())

@@ -180,6 +180,8 @@ def test_adapters_and_quantised_bases_are_scored_as_they_are(at, tmp_path, key):
 
 def test_lm_eval_finds_the_class_by_its_name(at):
     lm = get_model("peftjax").create_from_arg_string(f"model={at / 'llama'},seed=3", {"batch_size": 4, "device": None})
+    kept = [harness._digest(x) for x in (lm, PeftjaxLM(str(at / "llama")), PeftjaxLM(str(at / "llama")))]
+    assert kept[0] != kept[1] == kept[2]  # another seed draws other texts
     assert isinstance(lm, PeftjaxLM)
     assert (lm.batch_size, lm.max_length, lm.prefix_token_id, lm.eot_token_id) == (4, 64, 2, 3)
     with pytest.raises(ValueError, match=r"takes no \['colour'\]"):
