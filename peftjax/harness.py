@@ -3,6 +3,7 @@
 Needs the package lm-eval; importing this module registers the class there as `peftjax`.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ except ImportError as e:
 from . import hub
 from .chat import adopt_template
 from .checkpoint import load_adapter
-from .generate import Decoding, complete
+from .generate import Decoding, Writer
 from .likelihood import Likelihood
 from .run import check_writable
 from .tree import Tree
@@ -43,7 +44,7 @@ class PeftjaxLM(TemplateLM):
 
     Args:
       model: folder or hub name, or a model-like value with the `params` and `tokenizer` to use.
-      adapter: file of an adapter that was trained on the model.
+      adapter: file of an adapter that was trained on the model; of one trained on conversations, with its template.
       quantize, dtype, param_dtype: as for `peftjax.hub.load`.
       batch_size: requests at once.
       max_length: in tokens; default: what the model has room for, less virtual tokens.
@@ -86,7 +87,8 @@ class PeftjaxLM(TemplateLM):
         room = model.room(self.params)
         self.max_length = min(int(max_length or room), room)
         self._likely = Likelihood(model, tokenizer.pad_token_id or 0, self.batch_size)
-        self._key = jax.random.key(seed)
+        self.seed, self._key = seed, jax.random.key(seed)
+        self._writer = functools.cache(functools.partial(Writer, model, tokenizer))  # each decoding compiles once
 
     @property
     def eot_token_id(self) -> int:
@@ -162,7 +164,7 @@ class PeftjaxLM(TemplateLM):
                 prompts = [self.tok_encode(self._shortened(requests[i].args[0], how.max_new_tokens)) for i in part]
                 self._key, key = jax.random.split(self._key)
                 rest: dict[str, Any] = {"key": key, "until": until, "batch_size": self.batch_size}
-                texts = complete(self.model, self.params, self.tokenizer, prompts, how, **rest)
+                texts = self._writer(how).complete(self.params, prompts, **rest)
                 for i, text in zip(part, texts, strict=True):
                     out[i] = text
                     self.cache_hook.add_partial("generate_until", requests[i].args, text)
@@ -194,13 +196,12 @@ class PeftjaxLM(TemplateLM):
         )
         return how, (until,) if isinstance(until, str) else tuple(until)
 
-    def _shortened(self, prompt: str, new: int) -> str:
-        """The end of the prompt that leaves room for the text."""
+    def _shortened(self, prompt: str, new: int) -> list[int]:
+        """The prompt as tokens, as `tok_encode` begins it, without those that leave no room for the text."""
+        ids = self.tok_encode(prompt)
         room = self.max_length if self.encodes else self.max_length - new
-        while (surplus := len(self.tok_encode(prompt)) - room) > 0:
-            places = self.tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            prompt = prompt[max(1, places["offset_mapping"][min(surplus, len(places["offset_mapping"]) - 1)][0]) :]
-        return prompt
+        begin = ids[:1] if not self.encodes and ids[:1] == [self.tokenizer.bos_token_id] else []
+        return ids if len(ids) <= room else [*begin, *ids[len(ids) - room + len(begin) :]]
 
 
 def find_tasks(names: Sequence[str], include: str | Path | None = None) -> TaskManager:
@@ -233,7 +234,15 @@ def run_tasks(
 
     The folder gets `results.json`, `table.md`, `samples_TASK.jsonl` and the answers as they come
     (`answers-MODEL_rank0.db`), which the same model uses again if the run is repeated there.
+
+    Raises:
+      ValueError: `chat`, and the tokenizer has no chat template.
     """
+    if chat and lm.tokenizer.chat_template is None:
+        raise ValueError(
+            "this model's tokenizer has no chat template; leave out --chat, or give an --adapter that was trained on "
+            "conversations (peftjax sft)"
+        )
     out = check_writable(out)
     results: Any = simple_evaluate(
         lm,
@@ -259,7 +268,7 @@ def run_tasks(
 
 def _digest(lm: Any) -> str:
     """Sixteen hex digits of what answers depend on."""
-    digest = hashlib.sha256(f"{lm.model.config} {lm.max_length} {lm.model.module.dtype}".encode())
+    digest = hashlib.sha256(f"{lm.model.config} {lm.max_length} {lm.model.module.dtype} {lm.seed}".encode())
     for x in jax.tree.leaves(lm.params):
         flat = x.reshape(-1)
         digest.update(f"{x.dtype} {x.shape}".encode() + jax.device_get(flat[:: max(1, x.size // 1024)]).tobytes())

@@ -40,6 +40,7 @@ from .train import NonFinite, Settings
 from .tree import Tree, flatten
 from .weights import is_node
 
+SHARES = {"accuracy", "exact_match", "gsm8k", "gsm8k_last"}  # metrics that are shares of right answers
 SHOTS = (0, 1, 2, 4, 8)  # where nobody says; those that fit
 
 
@@ -185,6 +186,7 @@ def _bench(
         target="target",
         metrics=("exact_match",) if items[0].choices else task.metrics,
         truncate=task.truncate,
+        max_length=max(task.max_length, Task._field_defaults["max_length"]),  # a template has words of its own
         made=lambda name: [{**row, **_columns(words(row))} for row in splits[name]],
         slots=task.slots,
     )
@@ -396,8 +398,8 @@ def scores(bench: Bench, predictions: Sequence[Any], index: Sequence[int] | np.n
 def interval_of(bench: Bench, runs: Sequence[dict]) -> tuple[float, float] | None:
     """The 95% interval of the first metric, over the test inputs; of several seeds, that of their mean."""
     metric, n = next(iter(runs[0]["scores"])), len(bench.items)
-    if metric == "accuracy":
-        right = np.array([[p == i.answer for p, i in zip(r["predictions"], bench.items, strict=True)] for r in runs])
+    if metric in SHARES:
+        right = np.array([[scores(bench, r["predictions"], [i])[metric] > 0 for i in range(n)] for r in runs])
         hits = int(right.sum()) if len(runs) == 1 else None
         each = right.mean(0)
         return costs.interval(lambda index: 100.0 * float(each[index].mean()), n, hits=hits)

@@ -282,7 +282,9 @@ def objective(problem: Problem) -> Callable[[Tree, dict, jax.Array | None], tupl
     def loss(params, batch, key):
         if "target_ids" in batch and model.family.start_id is not None:
             start = model.family.start_id(model.config)
-            batch = batch | {"decoder_input_ids": shift_right(batch["target_ids"], start)}
+            seen = jnp.where(batch["weight"][:, None] > 0, batch["loss_mask"], 1)  # a filler row has to see something
+            shifted = shift_right(batch["target_ids"], start)
+            batch = batch | {"decoder_input_ids": shifted, "decoder_attention_mask": seen}
         logits = model.forward(params, batch, key).logits
         assert logits is not None  # `prepare` loads a model with the task's head
         weight = batch["weight"]

@@ -291,7 +291,7 @@ def _by_prefixes(tokenizer: Any, rows: Sequence[Row]) -> tuple[list[tuple[list[i
                 )
             texts += [before, after]
     tokens = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"])
-    special, out, joined = set(tokenizer.all_special_ids), [], 0
+    special, out, joined = {*tokenizer.all_special_ids} - {tokenizer.unk_token_id}, [], 0  # words may be unknown
     for row in rows:
         ids = next(tokens)
         mask = [0] * len(ids)

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ pytest.importorskip("lm_eval")
 
 from lm_eval.api.registry import get_model
 
-from peftjax import cli, harness, hub
+from peftjax import cli, generate, harness, hub
 from peftjax.checkpoint import save_adapter
 from peftjax.harness import PeftjaxLM
 from peftjax.likelihood import Likelihood
@@ -114,20 +115,41 @@ def test_texts_are_those_of_transformers_up_to_what_ends_them(at, family):
     assert cut == [got[i][: got[i].index(end)], got[i - 1]]
 
 
+def test_texts_begin_with_one_bos_and_a_decoding_compiles_once(at, monkeypatch):
+    lm, made, read = PeftjaxLM(str(at / "llama")), [], []
+    lm.tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    chat = lm.apply_chat_template([{"role": "user", "content": "cat dog"}])
+
+    def decoder(model, how, pad_id):
+        made.append(how)
+
+        def decode(params, ids, mask, key=None):
+            read.extend(row[on > 0].tolist() for row, on in zip(ids, mask, strict=True))
+            return np.full((len(ids), how.max_new_tokens), 3)
+
+        return decode
+
+    monkeypatch.setattr(generate, "decoder", decoder)
+    monkeypatch.setattr(harness, "CHUNK", 1)
+    lm.generate_until(_requests(*((text, {"until": [], "max_gen_toks": 4}) for text in ("cat dog", chat))))
+    assert read == [[2, *_ids("cat dog")]] * 2
+    assert len(made) == 1
+
+
 def test_what_a_task_asks_of_the_decoding_is_passed_on(at, monkeypatch):
     lm, asked = PeftjaxLM(str(at / "llama")), []
 
-    def record(model, params, tokenizer, prompts, how, **rest):
-        asked.append((how, prompts, rest))
+    def record(writer, params, prompts, **rest):
+        asked.append((writer.how, prompts, rest))
         return ["" for _ in prompts]
 
-    monkeypatch.setattr(harness, "complete", record)
+    monkeypatch.setattr(harness.Writer, "complete", record)
     drawn = {"do_sample": True, "temperature": 0.7, "top_p": 0.9, "top_k": 5, "until": ["a"], "max_gen_toks": 4}
     lm.generate_until(_requests(("the cat " * 40, drawn), ("dog", {"temperature": 0.7, "do_sample": False})))
     (hot, (long,), rest), (cold, _, _) = asked
     assert (hot.temperature, hot.top_p, hot.top_k, hot.max_new_tokens, hot.stop) == (0.7, 0.9, 5, 4, (3,))
     assert rest["until"] == ("a",)
-    assert long == [2, *_ids("the cat " * 40)[-59:]]
+    assert long == [2, *_ids("the cat " * 40)[-59:]]  # 64 positions less the 4 new tokens, BOS among them
     assert (cold.temperature, cold.max_new_tokens) == (0, 32)
     with pytest.raises(ValueError, match=r"generation_kwargs \['colour'\] are not known"):
         lm.generate_until(_requests(("dog", {"colour": 1})))
@@ -174,6 +196,8 @@ def test_an_adapter_of_conversations_is_asked_in_their_template(at, tmp_path, ke
 
 def test_lm_eval_finds_the_class_by_its_name(at):
     lm = get_model("peftjax").create_from_arg_string(f"model={at / 'llama'},seed=3", {"batch_size": 4, "device": None})
+    kept = [harness._digest(x) for x in (lm, PeftjaxLM(str(at / "llama")), PeftjaxLM(str(at / "llama")))]
+    assert kept[0] != kept[1] == kept[2]  # another seed draws other texts
     assert isinstance(lm, PeftjaxLM)
     assert (lm.batch_size, lm.max_length, lm.prefix_token_id, lm.eot_token_id) == (4, 64, 2, 3)
     with pytest.raises(ValueError, match=r"takes no \['colour'\]"):
@@ -234,11 +258,24 @@ def test_whole_tasks_by_the_verb(at, tmp_path, capsys, monkeypatch):
     table = (tmp_path / "out/table.md").read_text()
     assert len((tmp_path / "out/samples_tiny_choice.jsonl").read_text().splitlines()) == 9
     monkeypatch.setattr(Likelihood, "__call__", lambda *a: pytest.fail("asked again"))
-    monkeypatch.setattr(harness, "complete", lambda *a, **k: pytest.fail("asked again"))
+    monkeypatch.setattr(harness.Writer, "complete", lambda *a, **k: pytest.fail("asked again"))
     cli.main(command)
     assert (tmp_path / "out/table.md").read_text() == table
     with pytest.raises(ValueError, match=r"lm-eval has no task \['hellaswagg'\]; `lm_eval ls tasks` lists them"):
         harness.find_tasks(["tiny_text", "hellaswagg"])
+
+
+def test_an_adapter_of_conversations_brings_its_chat_template(at, tmp_path, key):
+    model = hub.load(at / "llama", "generation")
+    params = lora(rank=2).init(key, model.params, model.sites)
+    for name, extra in (("chat", {"chat_template": "{{ messages[0].content }}!"}), ("plain", {})):
+        save_adapter(tmp_path / name, model, lora(rank=2), params, extra)
+    lm = PeftjaxLM(str(at / "llama"), tmp_path / "chat")
+    assert lm.apply_chat_template([{"role": "user", "content": "cat"}]) == "cat!"
+    lm = PeftjaxLM(str(at / "llama"), tmp_path / "plain")
+    manager: Any = None  # what is wrong is said before a task is looked at
+    with pytest.raises(ValueError, match="has no chat template; leave out --chat, or give an --adapter"):
+        harness.run_tasks(lm, ["tiny_text"], manager, tmp_path / "out", chat=True)
 
 
 def test_what_is_wrong_is_one_line(tmp_path, capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,12 +14,12 @@ from conftest import SHARED, needs_shared
 from peftjax import costs, hub, icl_report, methods
 from peftjax.checkpoint import read_header, save_adapter
 from peftjax.cli import main
-from peftjax.demonstrations import SELECTIONS, FewShot, join, select, wording
+from peftjax.demonstrations import SELECTIONS, Bench, FewShot, Item, join, select, wording
 from peftjax.generate import Decoding, complete
-from peftjax.icl import Scorer, calibrated, icl
+from peftjax.icl import Scorer, calibrated, icl, interval_of, scores
 from peftjax.likelihood import Likelihood
 from peftjax.problem import objective, prepare
-from peftjax.tasks import get_task
+from peftjax.tasks import Task, get_task
 from peftjax.templates import TEMPLATES, Rendered, Template
 from peftjax.train import Settings, make_optimizer, make_step, start
 
@@ -215,6 +216,24 @@ def test_intervals():
         low, high = costs.interval(lambda i, v=values: float(v[i].mean()), 40, resamples=199)
         held += low <= 3.0 <= high
     assert 86 <= held <= 100
+
+
+@pytest.mark.parametrize(("said", "low", "high"), [("#### 5", 83.9, 100.0), ("five", 0.0, 16.1)])
+def test_the_interval_of_right_answers_in_words_is_wilsons(said, low, high):
+    items = [Item("t", "t", references=("#### 5",))] * 20
+    bench: Any = Bench(FewShot(), get_task("gsm8k"), "own", items, [], [], None, 3)
+    found = interval_of(bench, [{"scores": scores(bench, [said] * 20), "predictions": [said] * 20}])
+    assert np.allclose(found, (low, high), atol=0.05)
+
+
+def test_a_text_may_be_as_long_as_the_task_says(at, tmp_path):
+    tiny.folder(tmp_path / "long", "llama", max_position_embeddings=1024)
+    task = Task("long", "generation", ("q",), "a", metrics=("exact_match",), max_length=900)
+    row = {"q": "cat dog " * 300 + ":", "a": "red"}
+    task = task._replace(made=lambda split: [{**row, "q": f"{split == 'dev'} {row['q']}"}])
+    how = FewShot(shots=(0,), batch_size=1)
+    icl(str(tmp_path / "long"), task, how=how, out=tmp_path / "out", rates={}, settings=QUICK, say=lambda _: None)
+    assert json.loads((tmp_path / "out/results.jsonl").read_text())["prompt_tokens"] > 600
 
 
 @pytest.fixture(scope="module")

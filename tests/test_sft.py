@@ -15,7 +15,7 @@ from peftjax.checkpoint import load_adapter, read_header, save_adapter
 from peftjax.cli import main
 from peftjax.methods import METHODS, lora, neftune, parse, prefix, prompt
 from peftjax.methods.neftune import Noise
-from peftjax.problem import prepare
+from peftjax.problem import objective, prepare
 from peftjax.run import Entry, run
 from peftjax.tasks import TASKS, Chats
 from peftjax.train import Settings, fit
@@ -115,6 +115,12 @@ def test_the_loss_is_on_the_answers_and_their_ends(template):
         whole = t.apply_chat_template(turns, tokenize=True)["input_ids"]
         assert example.input_ids == whole
         assert example.input_ids.count(t.bos_token_id) == 1
+
+
+def test_an_unknown_word_does_not_end_an_answer():
+    t = tokenizer("{% for m in messages %}{{ m.content }} {% endfor %}")
+    (example,) = sft.encode(Chats(), [row([CHAT[0], {"role": BOT, "content": "red zebra blue"}])], t, 99).examples
+    assert learnt(t, example) == "red [UNK] blue"
 
 
 def test_what_is_generated_from_is_what_was_trained_on():
@@ -335,6 +341,25 @@ def test_noise_is_added_to_what_is_looked_up(family, key):
     e = jax.random.uniform(node.key, (1, 6, 16), minval=-1, maxval=1) * 9 / np.sqrt(4 * 16) * mask[..., None]
     by_hand = update(model.params, {f"{at}/embedding": table.at[ids[0]].add(e[0])})  # each id is there once
     np.testing.assert_allclose(out(by_hand), loud[0], atol=1e-5)
+
+
+def test_padding_of_a_decoder_beside_an_encoder_is_not_its_text(tmp_path, key, monkeypatch):
+    problem, lengths = tiny.problem(tmp_path, "t5", "e2e"), []
+    method, add = neftune(), Noise.__call__
+
+    def record(self, y, *, x, context):
+        lengths.append(np.asarray(context).sum(1).tolist())
+        return add(self, y, x=x, context=context)
+
+    monkeypatch.setattr(Noise, "__call__", record)
+    params = method.resolve(method.init(key, problem.model.params, problem.model.sites), key)
+    examples = problem.train[:3]
+    (batch,) = data.batches(examples, 4, problem.buckets[-1:], pad_id=0)
+    total, weight = objective(problem)(params, batch, None)
+    assert np.isfinite(total)  # with a filler row
+    assert weight == sum(len(e.target_ids or ()) for e in examples)
+    assert lengths[0][:3] == [len(e.input_ids) for e in examples]
+    assert lengths[1][:3] == [len(e.target_ids or ()) for e in examples]
 
 
 def test_neftune_trains_merges_and_is_saved_beside_another_method(tmp_path):
