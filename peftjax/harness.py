@@ -22,7 +22,7 @@ except ImportError as e:
     raise ImportError(f"this needs the package lm-eval ({e}); run: pip install 'peftjax[lm-eval]'") from e
 
 from . import hub
-from .chat import adopt_template
+from .chat import adopt_template, ends
 from .checkpoint import load_adapter
 from .generate import Decoding, Writer
 from .likelihood import Likelihood
@@ -161,7 +161,7 @@ class PeftjaxLM(TemplateLM):
             members.sort(key=lambda i: len(requests[i].args[0]))  # equal lengths together: less padding
             for at in range(0, len(members), CHUNK):
                 part = members[at : at + CHUNK]
-                prompts = [self.tok_encode(self._shortened(requests[i].args[0], how.max_new_tokens)) for i in part]
+                prompts = [self._shortened(requests[i].args[0], how.max_new_tokens) for i in part]
                 self._key, key = jax.random.split(self._key)
                 rest: dict[str, Any] = {"key": key, "until": until, "batch_size": self.batch_size}
                 texts = self._writer(how).complete(self.params, prompts, **rest)
@@ -184,15 +184,16 @@ class PeftjaxLM(TemplateLM):
             )
         temperature = float(asked.get("temperature") or 0.0)
         drawn = asked.get("do_sample", temperature > 0)  # lm-eval: greedy where do_sample is false
+        beams = int(asked.get("num_beams", 1))
         how = Decoding(
             max_new_tokens=new,
             temperature=(temperature or 1.0) if drawn else 0.0,
-            top_k=asked.get("top_k") or None,
-            top_p=float(asked.get("top_p", 1.0)),
-            beams=int(asked.get("num_beams", 1)),
-            length_penalty=float(asked.get("length_penalty", 1.0)),
+            top_k=asked.get("top_k") or None if drawn else None,  # without effect where nothing is drawn, as there
+            top_p=float(asked.get("top_p", 1.0)) if drawn else 1.0,
+            beams=beams,
+            length_penalty=float(asked.get("length_penalty", 1.0)) if beams > 1 else 1.0,
             no_repeat_ngram=int(asked.get("no_repeat_ngram_size", 0)),
-            stop=(self.eot_token_id,),
+            stop=ends(self.model, self.tokenizer) or (self.eot_token_id,),
         )
         return how, (until,) if isinstance(until, str) else tuple(until)
 

@@ -53,6 +53,15 @@ ROWS = {  # task -> rows, each label among them, with the words that every templ
         }
         for i in (1, 2)
     ],
+    "hellaswag": [
+        {
+            "instruction": "Please choose the correct ending to complete the given sentence: Roofs: A man sits on a roof. "
+            "he\n\nEnding1: sings. Ending2: falls asleep. Ending3: lays tiles. Ending4: is a dog.\n\n"
+            "Answer format: ending1/ending2/ending3/ending4",
+            "answer": f"ending{i}",
+        }
+        for i in (1, 2, 3, 4)
+    ],
     "arc_easy": [MULTIPLE],
     "arc_challenge": [MULTIPLE],
     "openbookqa": [
@@ -83,7 +92,7 @@ def test_every_template_of_a_task(task):
 
 def test_the_table_covers_the_tasks():
     assert set(ROWS) == set(TEMPLATES)
-    assert set(TASKS) <= set(TEMPLATES)
+    assert {name for name, task in TASKS.items() if task.chats is None} <= set(TEMPLATES)
     assert templates_of(TASKS["rte"]) == TEMPLATES["rte"]
     with pytest.raises(ValueError, match=r"no template for task 'mine'.*places"):
         templates_of(Task("mine", "generation", ("a",), "b"))
@@ -102,6 +111,12 @@ def test_columns_are_read_out_of_the_row():
     whole = by_name("winogrande", "whole").render(ROWS["winogrande"][1])
     assert whole.target == "Rex bit Tom and Tom barked."
     assert whole.choices == ("Rex bit Tom and Rex barked.", "Rex bit Tom and Tom barked.")
+    ends = by_name("hellaswag", "goes on").render(ROWS["hellaswag"][2])
+    assert ends == (
+        "Roofs: A man sits on a roof. he",
+        "lays tiles.",
+        ("sings.", "falls asleep.", "lays tiles.", "is a dog."),
+    )
     assert by_name("piqa", "how").render(ROWS["piqa"][0]).choices == ("be a cat", "be a dog")
     steps = by_name("gsm8k", "steps").render(ROWS["gsm8k"][0])
     assert steps.target == "There are 2*4 = 8 legs.\n#### 8"
