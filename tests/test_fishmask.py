@@ -233,7 +233,7 @@ def test_what_was_observed_must_be_what_is_adapted():
 # A whole run
 
 
-@pytest.mark.parametrize("layout", ["loop", "scan"])
+@pytest.mark.parametrize("layout", ["loop", pytest.param("scan", marks=pytest.mark.slow)])
 def test_a_run_from_the_command_line_that_is_killed_and_resumed(layout, tmp_path):
     model, data = tiny.folder(tmp_path / "bert", "bert"), tiny.data(tmp_path / "rte", "rte")
     settings = Settings(steps=4, batch_size=8, save_every=1, layout=layout, learning_rate=1e-2)

@@ -509,6 +509,7 @@ def test_every_verb_on_a_generation_task(at, tmp_path):
     assert_same(ours(problem.model, batch, params=params).logits, theirs(merged, batch).logits)
 
 
+@pytest.mark.slow
 def test_every_verb_on_a_classification_task(at, tmp_path):
     base = ("--model", at / "t5", "--task", "rte", "--data", at / "rte")
     run("compare", *base, *QUICK, "--methods", "head, prefix(length=3)", "--out", tmp_path / "all")

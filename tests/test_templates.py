@@ -55,8 +55,8 @@ ROWS = {  # task -> rows, each label among them, with the words that every templ
     ],
     "hellaswag": [
         {
-            "instruction": "Please choose the correct ending to complete the given sentence: Roofs: A man sits on a roof. "
-            "he\n\nEnding1: sings. Ending2: falls asleep. Ending3: lays tiles. Ending4: is a dog.\n\n"
+            "instruction": "Please choose the correct ending to complete the given sentence: Roofs: A man sits on a "
+            "roof. he\n\nEnding1: sings. Ending2: falls asleep. Ending3: lays tiles. Ending4: is a dog.\n\n"
             "Answer format: ending1/ending2/ending3/ending4",
             "answer": f"ending{i}",
         }
