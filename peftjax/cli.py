@@ -290,6 +290,7 @@ class Icl:
       select: how they are chosen: random, balanced over the answers, or bm25, the nearest to each query.
       seeds: draws of the demonstrations, and trainings of each method, counted from 0.
       template: how rows are put in words; default: the task's first.
+      templates: YAML file with templates of your own, which replace the task's.
       calibrate: divide by the choices' probabilities after queries without content.
       normalize: rank choices by their likelihood a token.
       separator: between demonstrations; \\n is a line's end.
@@ -306,6 +307,7 @@ class Icl:
     select: Literal["random", "balanced", "bm25"] = "random"
     seeds: int = 1
     template: str | None = None
+    templates: Path | None = None
     calibrate: bool = False
     normalize: bool = False
     separator: str = "\\n\\n"
@@ -621,6 +623,7 @@ def icl(args: Icl) -> None:
         select=args.select,
         seeds=args.seeds,
         template=args.template,
+        templates=args.templates,
         calibrate=args.calibrate,
         normalize=args.normalize,
         separator=args.separator.replace("\\n", "\n").replace("\\t", "\t"),
@@ -656,6 +659,8 @@ def generate(args: Generate) -> None:
 
     from . import chat
 
+    if args.speaker.chat_template is not None and not args.chat:
+        raise ValueError("--chat-template is for conversations; write --chat too")
     writer, params, key = _open(args.speaker, args.chat, **dataclasses.asdict(args.decode))
     template = chat.template_of(writer.tokenizer, args.speaker.chat_template) if args.chat else ""
 

@@ -680,3 +680,8 @@ def batches(
     """The batches of one epoch: `make_batch` over `plan`."""
     for planned in plan(examples, batch_size, buckets, shuffle_seed=shuffle_seed, epoch=epoch):
         yield make_batch(examples, planned, batch_size, pad_id=pad_id, side=side)
+
+
+def common(a: Sequence, b: Sequence) -> int:
+    """How many items (characters, tokens) the two begin with alike."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

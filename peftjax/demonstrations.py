@@ -3,6 +3,7 @@
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,7 +13,7 @@ from .generate import Prompt
 from .likelihood import Pair, encode_pair
 from .problem import Problem
 from .tasks import Row, Task
-from .templates import TEMPLATES, Rendered, templates_of
+from .templates import TEMPLATES, Rendered, read_templates, templates_of
 
 SELECTIONS = ("random", "balanced", "bm25")
 SEPARATOR = "\n\n"  # between demonstrations
@@ -29,12 +30,15 @@ def join(shown: Sequence[Rendered], query: str, separator: str = SEPARATOR) -> s
     return separator.join([*(f"{r.input} {r.target}" for r in shown), query])
 
 
-def wording(task: Task, name: str | None = None) -> tuple[str, Callable[[Row], Rendered]]:
+def wording(
+    task: Task, name: str | None = None, file: str | Path | None = None
+) -> tuple[str, Callable[[Row], Rendered]]:
     """How the task's rows read: the name of the template, and row -> words.
 
     Args:
       name: of a template of the task; default: the first. A generation task without templates is put in words by its
         own prompt and target, under the name 'own'.
+      file: YAML with templates for tasks (`templates.read_templates`), which replace those that the tasks have.
 
     The choices of a classification are in the order of its labels.
 
@@ -42,10 +46,11 @@ def wording(task: Task, name: str | None = None) -> tuple[str, Callable[[Row], R
       ValueError: no template, or none of that name; or, from the function, a column that the row lacks, or choices that
         are not the labels' words.
     """
-    if task.kind == "generation" and (name == OWN or (name is None and task.name not in TEMPLATES)):
+    table = TEMPLATES if file is None else TEMPLATES | read_templates(file)
+    if task.kind == "generation" and (name == OWN or (name is None and task.name not in table)):
         prompt = task.prompt or (lambda row: row[task.inputs[0]])
         return OWN, lambda row: Rendered(prompt(row), row[task.target])
-    known = {t.name: t for t in templates_of(task)}
+    known = {t.name: t for t in templates_of(task, table)}
     name = next(iter(known)) if name is None else name
     if name not in known:
         raise ValueError(f"{task.name} has no template {name!r}; it has {', '.join(known)}")
@@ -160,6 +165,7 @@ class FewShot(NamedTuple):
       select: one of `peftjax.demonstrations.SELECTIONS`.
       seeds: sets of demonstrations drawn, and trainings of each method, counted from 0.
       template: name; None: the task's first.
+      templates: YAML file with templates of one's own.
       calibrate: divide by the probabilities after a query without content (`calibrated`).
       normalize: rank choices by log-likelihood a token, not by that of the whole.
       separator: between demonstrations; a generated text ends before it.
@@ -170,6 +176,7 @@ class FewShot(NamedTuple):
     select: str = "random"
     seeds: int = 1
     template: str | None = None
+    templates: str | Path | None = None
     calibrate: bool = False
     normalize: bool = False
     separator: str = SEPARATOR

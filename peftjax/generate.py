@@ -377,7 +377,7 @@ class Writer:
         said = self.tokenizer.decode(new, skip_special_tokens=True)
         said = said[: _end(said, until)]
         if said != shown:
-            yield said[_common(shown, said) :]
+            yield said[data.common(shown, said) :]
 
     def _begin(self, params, input_ids, attention_mask, keys):
         room = self.how.max_new_tokens
@@ -442,11 +442,6 @@ def _open(text: str, until: Sequence[str]) -> int:
     """Where the longest beginning of a text in `until` that the text ends with begins, or the text ends."""
     kept = (n for u in until for n in range(min(len(u) - 1, len(text)), 0, -1) if text.endswith(u[:n]))
     return len(text) - max(kept, default=0)
-
-
-def _common(a: str, b: str) -> int:
-    """How many characters the two begin with alike."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def complete(

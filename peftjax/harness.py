@@ -23,7 +23,7 @@ except ImportError as e:
 
 from . import hub
 from .chat import adopt_template, ends
-from .checkpoint import load_adapter
+from .checkpoint import load_adapter, write_atomically
 from .generate import Decoding, Writer
 from .likelihood import Likelihood
 from .run import check_writable
@@ -258,12 +258,12 @@ def run_tasks(
     table = make_table(results) + ("\n" + make_table(results, "groups") if results.get("groups") else "")
     for task, samples in results.pop("samples", {}).items():
         lines = (json.dumps(s, default=handle_non_serializable, ensure_ascii=False) for s in samples)
-        (out / f"samples_{task}.jsonl").write_text("".join(f"{line}\n" for line in lines), "utf-8")
+        write_atomically(out / f"samples_{task}.jsonl", "".join(f"{line}\n" for line in lines))
     kept = {
         k: v for k, v in results.items() if k in ("results", "groups", "configs", "versions", "n-shot", "n-samples")
     }
-    (out / "results.json").write_text(json.dumps(kept, default=handle_non_serializable, indent=1), "utf-8")
-    (out / "table.md").write_text(table, "utf-8")
+    write_atomically(out / "results.json", json.dumps(kept, default=handle_non_serializable, indent=1))
+    write_atomically(out / "table.md", table)
     return results, table
 
 

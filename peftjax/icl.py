@@ -101,7 +101,7 @@ def icl(
         template = spoken.get(name)
         for (shots, seed), one in ways[template][0].items():
             config = _configuration(bench, shots, seed, mark, template)
-            title = f"{name}, {shots} shots, seed {seed}" if shots else f"{name}, zero-shot"
+            title = f"{name}, {shots} shot{'s' * (shots > 1)}, seed {seed}" if shots else f"{name}, zero-shot"
             done = store.get(config)
             if done is not None:
                 say(f"{title}: already scored, taken from {store.file}")
@@ -150,7 +150,7 @@ def _bench(
 ) -> tuple[Bench, list[Entry]]:
     if task.kind == "regression":
         raise ValueError(f"{task.name} is a regression; few-shot learning needs a task with labels or texts")
-    template, words = wording(task, how.template)
+    template, words = wording(task, how.template, how.templates)
     split = options.pop("eval_split", None) or task.reported
     limits = [options.pop(name, None) for name in ("train_limit", "eval_limit")]
     for name, value in zip(("train_limit", "eval_limit"), limits, strict=True):
@@ -159,7 +159,7 @@ def _bench(
     all_rows = data.load_rows(task, source, "train")
     if task.kind == "classification":
         task = task._replace(labels=data.labels_of(task, all_rows))
-        template, words = wording(task, how.template)
+        template, words = wording(task, how.template, how.templates)
     train = all_rows[: limits[0]]
     tested = _grouped(task, data.load_rows(task, source, split))[: limits[1]]
     dev = [] if split == "dev" or methods is None else data.load_rows(task, source, "dev")

@@ -218,7 +218,10 @@ def endpoint(
             wait = backoff * 2 ** (attempt - 1) * random.uniform(0.8, 1.2)  # apart, where several threads wait
             try:
                 answer = client.chat.completions.with_raw_response.create(model=llm, messages=messages, **options)
-                return _parse(answer.http_response.content)
+                content = answer.http_response.content
+                if content.lstrip().startswith(b"<"):
+                    raise ValueError(f"{name} answers with a web page, not a chat completion; mend --base-url")
+                return _parse(content)
             except openai.APITimeoutError:
                 problem = f"did not answer within {timeout:g} s"
             except openai.APIConnectionError as e:

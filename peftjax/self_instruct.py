@@ -5,7 +5,6 @@ The prompts are written for chat models as well as for plain ones. Everything ra
 """
 
 import json
-import os
 import re
 import string
 import zlib
@@ -20,6 +19,7 @@ from rich import box
 from rich.table import Table
 
 from . import data
+from .checkpoint import write_atomically
 from .instruct import Words, words_of
 from .replies import Generator, Log, Params, Reply, Request
 
@@ -154,9 +154,11 @@ def run(
     finally:
         found = Found(lines, _statistics(log, tasks, lines, counts, prices))
         for name, rows in (("instructions", [t._asdict() for t in tasks]), ("examples", lines)):
-            _write(out / f"{name}.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rows))
-        _write(out / "statistics.json", json.dumps(found.statistics, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(out / f"{name}.jsonl", "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in rows))
+        write_atomically(out / "statistics.json", json.dumps(found.statistics, indent=1, ensure_ascii=False) + "\n")
     say(f"{log.asked} requests asked now, {len(log.used) - log.asked} answered by the log")
+    if not log.used:
+        raise ValueError(f"no request was asked; the first round asks {ROUND}: allow --max-requests at least so many")
     if not lines:
         why = "; ".join(f"{k}: {', '.join(f'{reason} {n}' for reason, n in c.items())}" for k, c in counts.items() if c)
         raise ValueError(f"no example came of {len(log.used)} replies ({why}); allow more requests or a stronger model")
@@ -479,16 +481,6 @@ def _statistics(
         "cost": round((read * prices[0] + written * prices[1]) / 1e6, 6),
         "counts": {k: {reason: n for reason, n in sorted(c.items()) if n} for k, c in counts.items()},
     }
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    half = file.with_name(file.name + ".tmp")
-    with half.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    half.replace(file)
 
 
 def statistics_table(statistics: dict[str, Any]) -> Table:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from .data import Encoded, Example, read_file
+from .data import Encoded, Example, common, read_file
 from .tasks import Chats, Row
 
 SAMPLES = 5  # answers that are generated, to be looked at
@@ -297,7 +297,7 @@ def _by_prefixes(tokenizer: Any, rows: Sequence[Row]) -> tuple[list[tuple[list[i
         mask = [0] * len(ids)
         for _ in _answers(row["messages"]):
             before, after = next(tokens), next(tokens)
-            start, end = _common(before, ids), _common(after, ids)
+            start, end = common(before, ids), common(after, ids)
             joined += start < len(before)
             end = max((j + 1 for j in range(start, end) if ids[j] in special), default=end)
             mask[start:end] = [1] * (end - start)
@@ -307,7 +307,3 @@ def _by_prefixes(tokenizer: Any, rows: Sequence[Row]) -> tuple[list[tuple[list[i
 
 def _answers(turns: list[dict]) -> list[int]:
     return [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
-
-
-def _common(a: list[int], b: list[int]) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -191,12 +191,13 @@ def _mapping(where: str, field: str, fields: Mapping[str, Any]) -> Mapping:
 TEMPLATES = read_templates(Path(__file__).with_suffix(".yaml"))
 
 
-def templates_of(task: Task) -> Sequence[Template]:
-    """The task's templates, the plain one first.
+def templates_of(task: Task, table: Mapping[str, Sequence[Template]] | None = None) -> Sequence[Template]:
+    """The task's templates, the plain one first; from the table, by default `TEMPLATES`.
 
     Raises:
       ValueError: it has none.
     """
-    if task.name in TEMPLATES:
-        return TEMPLATES[task.name]
-    raise ValueError(f"there is no template for task {task.name!r}; there are some for {', '.join(sorted(TEMPLATES))}")
+    table = TEMPLATES if table is None else table
+    if task.name in table:
+        return table[task.name]
+    raise ValueError(f"there is no template for task {task.name!r}; there are some for {', '.join(sorted(table))}")

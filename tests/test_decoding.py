@@ -491,6 +491,7 @@ def test_generate_by_a_chat_template_and_what_is_wrong(at, call):
     assert "has no chat template" in said
     assert "--chat-template alpaca" in said
     assert said.count("\n") == 1
+    assert "write --chat too" in call(*few, "--chat-template", "plain", "--prompt", "cat")[2]
     status, _, said = call(*few, "--prompt", "cat " * 80)
     assert (status, said.count("\n")) == (1, 1)
     assert "the prompt has 81 tokens; with 6 new ones the model has room for 58" in said

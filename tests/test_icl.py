@@ -144,6 +144,17 @@ def test_a_generation_task_has_its_own_words(monkeypatch):
     assert wording(get_task("e2e"))[1](row) == Rendered("name : cat | area : near ||", "the cat")
 
 
+def test_templates_of_ones_own(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("e2e:\n  target: '{{ ref }}'\n  templates:\n    told: 'Tell: {{ mr }}'\n    short: '{{ mr }} ='\n")
+    row = {"mr": "name[cat]", "ref": "the cat"}
+    assert wording(get_task("e2e"), None, file)[1](row) == Rendered("Tell: name[cat]", "the cat")
+    assert wording(get_task("e2e"), "short", file)[1](row) == Rendered("name[cat] =", "the cat")
+    assert wording(get_task("sst2"), None, file)[0] == wording(get_task("sst2"))[0]
+    with pytest.raises(ValueError, match="e2e has no template 'attributes'; it has told, short"):
+        wording(get_task("e2e"), "attributes", file)
+
+
 @pytest.mark.parametrize(
     ("task", "name", "message"),
     [
@@ -359,14 +370,14 @@ def test_rows_are_the_references_and_stay(at, tmp_path):
 
 def test_an_adapter_of_conversations_is_asked_in_their_template(at, tmp_path, key):
     """Labels as transformers ranks them after the template's words; texts as written after its tokens."""
-    import torch
+    torch = pytest.importorskip("torch")
     import transformers
 
     base, method = hub.load(at / "llama", "generation"), methods.lora(rank=2)
     params = method.init(key, base.params, base.sites)  # which is the base's function, as B is zero
     turn = "{{ bos_token }}{% for m in messages %}name : {{ m.content }}{% endfor %} || "
-    save_adapter(tmp_path / "adapter", base, method, params, {"chat_template": turn})
-    file, said = str(tmp_path / "adapter"), []
+    save_adapter(tmp_path / "talks.safetensors", base, method, params, {"chat_template": turn})
+    file, said = tmp_path / "talks.safetensors", []
     how = FewShot(shots=(0,), batch_size=4)
     rows = run(at, tmp_path / "labels", how=how, adapters=[file], said=said)
     reference, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(at / "llama").eval(), tiny.tokenizer()
@@ -377,16 +388,16 @@ def test_an_adapter_of_conversations_is_asked_in_their_template(at, tmp_path, ke
             logits = reference(torch.tensor([[2, *ids]])).logits[0, -1]
         bad, good = (float(logits[tokenizer.convert_tokens_to_ids(c)]) for c in ("bad", "good"))
         chosen.append(int(good > bad))
-    assert rows[file, 0, 0]["predictions"] == chosen
-    assert rows[file, 0, 0]["prompt_tokens"] == rows["base", 0, 0]["prompt_tokens"] + 3
+    assert rows["talks", 0, 0]["predictions"] == chosen
+    assert rows["talks", 0, 0]["prompt_tokens"] == rows["base", 0, 0]["prompt_tokens"] + 3
     assert any("is asked in the chat template" in x for x in said)
 
     rows = run(at, tmp_path / "texts", task="e2e", how=how, adapters=[file])
     queries = [wording(get_task("e2e"))[1](row).input for row in tiny.rows("e2e", 8, 1)]
     ids = tokenizer([f"[CLS]name : {q} || " for q in dict.fromkeys(queries)], add_special_tokens=False)["input_ids"]
-    new = rows[file, 0, 0]["config"]["max_new_tokens"]
+    new = rows["talks", 0, 0]["config"]["max_new_tokens"]
     want = complete(base, base.params, tokenizer, ids, Decoding(new, stop=(3,)), until=["\n\n"])
-    assert rows[file, 0, 0]["predictions"] == [text.strip() for text in want]
+    assert rows["talks", 0, 0]["predictions"] == [text.strip() for text in want]
 
 
 def test_what_is_done_stays_when_a_later_row_fails(at, tmp_path, monkeypatch):

@@ -572,7 +572,7 @@ def test_the_limit_of_requests(tmp_path, seeds, serve, call):
     assert len(lines_of(tmp_path / "out/examples.jsonl")) > 3
 
 
-@pytest.mark.parametrize("status", [401, 404, 429, 500, "slow", "refused", "patience"])
+@pytest.mark.parametrize("status", [401, 404, 429, 500, "slow", "refused", "patience", "page"])
 def test_an_endpoint_that_refuses(tmp_path, seeds, serve, call, status, monkeypatch):
     """After some replies, which stay, and are not asked for again."""
     endpoint, out, attempts = serve(trouble=False), tmp_path / "out", Counter()
@@ -584,6 +584,7 @@ def test_an_endpoint_that_refuses(tmp_path, seeds, serve, call, status, monkeypa
         "slow": ("did not answer within 0.2 s, in the last of 2", ("--timeout", "0.2")),
         "refused": ("cannot be reached", ()),
         "patience": ("it asks to wait 500 s, which is over 120 s", ()),
+        "page": ("answers with a web page, not a chat completion; mend --base-url", ()),
     }[status]
 
     def answer(handler, body):
@@ -593,9 +594,10 @@ def test_an_endpoint_that_refuses(tmp_path, seeds, serve, call, status, monkeypa
             if status == "slow":
                 time.sleep(0.5)
                 return
-            code = 429 if status == "patience" else status
+            code = {"patience": 429, "page": 200}.get(status, status)
             message = f"no such key {KEY}" if status == 401 else "not now"
             content = json.dumps({"error": {"message": message}}).encode()
+            content = b" <!doctype html><html></html>" if status == "page" else content
             handler.send_response(code)
             handler.send_header("content-length", str(len(content)))
             if status == "patience":
@@ -621,7 +623,7 @@ def test_an_endpoint_that_refuses(tmp_path, seeds, serve, call, status, monkeypa
     assert "the command, given again, goes on from there" in err
     assert KEY not in err
     if status != "refused":
-        assert max(attempts.values()) == (1 if status in (401, 404, "patience") else 2)
+        assert max(attempts.values()) == (1 if status in (401, 404, "patience", "page") else 2)
         assert len(lines_of(out / "instructions.jsonl")) == 8
         assert len(lines_of(out / "replies.jsonl")) == 5
         monkeypatch.undo()
