@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import tiny
-import torch
 import transformers
 
 from peftjax import cli, problem as problems
 from peftjax.data import encode_choices, load_rows
 from peftjax.problem import Evaluator, prepare
 from peftjax.tasks import TASKS, Task, commonsense_answers
+
+torch = pytest.importorskip("torch")
 
 PETS = Task(
     "pets",

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import torch
 import transformers
 
 pytest.importorskip("lm_eval")
+torch = pytest.importorskip("torch")
 
 from lm_eval.api.registry import get_model
 

@@ -311,7 +311,7 @@ def test_a_meter_counts_rows_and_leaves_compilation_out():
 
 def ranked_by_transformers(at, shots, seed):
     """The calibrated choices' numbers, from the logits of transformers' model; every choice is one token."""
-    import torch
+    torch = pytest.importorskip("torch")
     import transformers
 
     reference, tokenizer = transformers.AutoModelForCausalLM.from_pretrained(at / "llama").eval(), tiny.tokenizer()
