@@ -13,7 +13,6 @@ import tiny
 import transformers
 
 pytest.importorskip("lm_eval")
-torch = pytest.importorskip("torch")
 
 from lm_eval.api.registry import get_model
 
@@ -23,6 +22,8 @@ from peftjax.harness import PeftjaxLM
 from peftjax.likelihood import Likelihood
 from peftjax.methods import lora
 from peftjax.tree import combine, partition
+
+torch = pytest.importorskip("torch")
 
 WORDS = tiny.WORDS[:12]
 OPTIONS = ["cat", "dog sat ran", "the red cat"]
