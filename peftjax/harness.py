@@ -6,11 +6,14 @@ Needs the package lm-eval; importing this module registers the class there as `p
 import functools
 import hashlib
 import json
+import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 try:
     from lm_eval.api.model import TemplateLM
@@ -153,8 +156,15 @@ class PeftjaxLM(TemplateLM):
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         out: dict[int, str] = {}
         groups: dict[str, list[int]] = {}
+        seen: Counter[str] = Counter()  # a prompt may be asked several times
+        keys: list[jax.Array] = []
         for i, r in enumerate(requests):
-            groups.setdefault(json.dumps(r.args[1], sort_keys=True), []).append(i)
+            way = json.dumps(r.args[1], sort_keys=True)
+            groups.setdefault(way, []).append(i)
+            asked = json.dumps([r.args[0], way, seen[r.args[0]]])
+            seen[r.args[0]] += 1
+            # A key of its own: a run that goes on draws what one that was not cut off draws.
+            keys.append(jax.random.fold_in(self._key, zlib.crc32(asked.encode())))
         ways = {way: self._decoding(json.loads(way)) for way in groups}  # what is wrong, before the first text
         for way, members in groups.items():
             how, until = ways[way]
@@ -162,8 +172,11 @@ class PeftjaxLM(TemplateLM):
             for at in range(0, len(members), CHUNK):
                 part = members[at : at + CHUNK]
                 prompts = [self._shortened(requests[i].args[0], how.max_new_tokens) for i in part]
-                self._key, key = jax.random.split(self._key)
-                rest: dict[str, Any] = {"key": key, "until": until, "batch_size": self.batch_size}
+                rest: dict[str, Any] = {
+                    "key": jnp.stack([keys[i] for i in part]),
+                    "until": until,
+                    "batch_size": self.batch_size,
+                }
                 texts = self._writer(how).complete(self.params, prompts, **rest)
                 for i, text in zip(part, texts, strict=True):
                     out[i] = text
