@@ -540,6 +540,13 @@ def summarise(bench: Bench, rows: Sequence[dict]) -> list[dict]:
     return lines
 
 
+def _command() -> str:
+    """The verb, or the experiment that called it."""
+    program = Path(sys.argv[0])
+    own = program.parent.name == "experiments"
+    return shlex.join([*(("python", f"experiments/{program.name}") if own else ("peftjax",)), *sys.argv[1:]])
+
+
 def _facts(bench: Bench, rows: Sequence[dict], settings: Settings | None) -> list[str]:
     how, p = bench.how, bench.problem
     device = jax.devices()[0]
@@ -562,5 +569,5 @@ def _facts(bench: Bench, rows: Sequence[dict], settings: Settings | None) -> lis
         f"activations {jax.numpy.dtype(p.model.module.dtype).name}"
         + (f"; the base's linear weights are quantised: {form}" if (form := quantized_as(p.model.params)) else ""),
         f"jax {jax.__version__}, {device.platform if device.platform == 'cpu' else device.device_kind}",
-        f"command: `{shlex.join(['peftjax', *sys.argv[1:]])}`",
+        f"command: `{_command()}`",
     ]

@@ -129,7 +129,9 @@ def _markdown(lines, texts, wide, title, facts, answer) -> str:
         "Metrics in percent, means over the seeds. 95%: of the first metric, over the test inputs: Wilson's interval "
         "of a share of right answers, otherwise the percentile bootstrap (of several seeds, of their mean). Tokens: of "
         "a prompt, mean. Ms and GFLOP: of one query, that is all its choices or its whole text, in batches as padded; "
-        "time without compilation, a median over batches. Trained: all steps, without compilation and evaluations. "
+        "time without compilation, a median over batches. Trained: all steps, without compilation and evaluations; the "
+        "seconds of an adapter given as a file are those of its whole run. Texts are written until all of a batch have "
+        "ended, and a text that goes on after the separator has not. "
         "Pays after: the queries after which training has cost less than the best number of shots.",
     ]
     tuned, few = [x for x in lines if x["trained"]], [x for x in lines if not x["trained"]]
