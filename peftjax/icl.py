@@ -265,7 +265,8 @@ def _check_room(shots: int, seed: int, asked: Asked, context: int, taken: int) -
         raise ValueError(
             f"{shots} shots do not fit into the context: test input {longest + 1} (seed {seed}) has "
             f"{asked.lengths[longest]} tokens with its demonstrations and answer, and there is room for "
-            f"{context - taken}{beside}"
+            f"{context - taken}{beside}; ask for fewer shots, leave long inputs out (--eval-limit), or "
+            "take a model with more positions"
         )
 
 
