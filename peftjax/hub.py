@@ -268,6 +268,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # transformers raises OSError, ValueError and others for a folder without one
+        _read_hf_config(folder)  # what is no model's folder at all is said first
         raise FileNotFoundError(f"{folder} holds no tokenizer that transformers can load: {e}") from e
 
 

@@ -148,12 +148,13 @@ def prepare(
     purpose, labels = "generation", None
     if task.kind != "generation":
         purpose, labels = "classification", 1 if task.labels is None else [str(x) for x in task.labels]
-    tokenizer = hub.load_tokenizer(model_name)
-    if chat_template is not None:
-        tokenizer.chat_template = chat_template
-    if task.chats is not None:
-        sft.check_tokenizer(tokenizer)  # before the weights are read
+    tokenizer = None
+    if task.chats is not None:  # what it lacks is said before the weights are read
+        tokenizer = hub.load_tokenizer(model_name)
+        tokenizer.chat_template = chat_template or tokenizer.chat_template
+        sft.check_tokenizer(tokenizer)
     model = hub.load(model_name, purpose, labels=labels, **load)
+    tokenizer = hub.load_tokenizer(model_name) if tokenizer is None else tokenizer
     if pack:
         hub.check_packable(model.family)
     reserved = reserve(model)

@@ -358,8 +358,11 @@ def test_prompt_starts():
     np.testing.assert_array_equal(vectors(text), np.asarray(table)[ids])
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-@pytest.mark.parametrize(("name", "layout"), [("prompt", "loop"), ("prompt+prefix", "scan"), ("p_tuning", "loop")])
+@pytest.mark.parametrize("family", ["llama", pytest.param("gpt2", marks=pytest.mark.slow), "t5"])
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [("prompt", "loop"), pytest.param("prompt+prefix", "scan", marks=pytest.mark.slow), ("p_tuning", "loop")],
+)
 def test_generation_sees_the_prompt(family, layout, name):
     """Left-padded rows with a cache, each equal to plain argmax over its own text without padding or cache."""
     model = hub.from_config(tiny.config(family), "generation")
