@@ -154,21 +154,22 @@ def plot(lines: Sequence[dict], title: str, file: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tuned = [line for line in lines if line["trained"]]
+    tuned = [line for line in lines if line["trained"] and not line["shots"]]
     few = [line for line in lines if not line["trained"]]
     crossings = [n for t in tuned for f in few if (n := queries(t, f, "flops")) is not None]  # flops are always known
     most = 10.0 ** np.ceil(np.log10(max([1e4, *(10 * n for n in crossings if n < 1e9)])))
     n = np.geomspace(1, most, 200)
     plt.rcParams.update({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False})
-    fig, ax = plt.subplots(figsize=(8, 5), layout="constrained")
+    fig, ax = plt.subplots(figsize=(10, 5), layout="constrained")
     shades = plt.get_cmap("viridis")(np.linspace(0.85, 0.1, max(len(few), 2)))
     for line, colour in zip(few, shades, strict=False):
         ax.plot(n, n * line["flops"], color=colour, label=_few(line))
+    colours = plt.get_cmap("tab10" if len(tuned) <= 10 else "tab20").colors  # pyright: ignore[reportAttributeAccessIssue] - of listed maps
     for i, line in enumerate(tuned):
         cost = line["training_flops"] + n * line["flops"]
-        ax.plot(n, cost, "--", color=f"C{(i + 1) % 10}", linewidth=2, label=f"{_name(line)}, trained")
+        ax.plot(n, cost, "--", color=colours[i % len(colours)], linewidth=2, label=f"{_name(line)}, trained")
     ax.set(xscale="log", yscale="log", xlabel="queries", ylabel="FLOPs in all", title=title)
     ax.grid(alpha=0.3)
-    ax.legend(frameon=False, fontsize=10)
+    fig.legend(frameon=False, fontsize=10, loc="outside right upper")
     fig.savefig(file, dpi=150)
     plt.close(fig)

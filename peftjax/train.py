@@ -374,7 +374,7 @@ def counted(stage: jax.stages.Lowered | jax.stages.Compiled) -> float | None:
     """
     try:
         found = stage.cost_analysis()
-    except (NotImplementedError, jax.errors.JaxRuntimeError):
+    except (NotImplementedError, jax.errors.JaxRuntimeError):  # a platform whose compiler counts nothing
         return None
     found = found[0] if isinstance(found, list) and found else found
     flops = found.get("flops", 0.0) if isinstance(found, dict) else 0.0

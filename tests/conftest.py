@@ -8,6 +8,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.setdefault("XLA_FLAGS", QUICK_COMPILE)
 
+import io
 from pathlib import Path
 
 import jax
@@ -26,3 +27,20 @@ def key(request):
     import zlib
 
     return jax.random.key(zlib.crc32(request.node.nodeid.encode()))
+
+
+@pytest.fixture
+def call(capsys, monkeypatch):
+    """Runs the command in this process, `said` on its standard input; gives exit status, stdout and stderr."""
+    from peftjax.cli import main
+
+    def run(*arguments, said=""):
+        monkeypatch.setattr("sys.stdin", io.StringIO(said))
+        status = 0
+        try:
+            main([str(a) for a in arguments])
+        except SystemExit as e:
+            status = e.code
+        return status, *capsys.readouterr()
+
+    return run

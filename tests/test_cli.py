@@ -37,21 +37,6 @@ def at(tmp_path_factory):
     return at
 
 
-@pytest.fixture
-def call(capsys):
-    """Runs the command in this process; gives exit status, stdout and stderr."""
-
-    def run(*arguments):
-        status = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def base(at, family, task, /, **changes):
     options = {"model": at / family, "task": task, "data": at / task} | changes
     return [x for k, v in options.items() if v is not None for x in (f"--{k}", v)]

@@ -1,6 +1,5 @@
 """Sampling, beams, n-grams, streams and the verbs: against transformers, and against searches without a cache."""
 
-import io
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from test_generate import prompts
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from peftjax import chain, chat, compare as comparison, hub, stack_layers
-from peftjax.cli import main
 from peftjax.generate import (
     E2E_OF_LORA,
     Decoding,
@@ -452,20 +450,6 @@ def at(tmp_path_factory):
         tiny.folder(at / family, family, **one_layer(family))
     (at / "chat.jinja").write_text("{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} || {% endfor %}")
     return at
-
-
-@pytest.fixture
-def call(capsys, monkeypatch):
-    def run(*arguments, said=""):
-        monkeypatch.setattr("sys.stdin", io.StringIO(said))
-        status = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,6 @@ import tiny
 from conftest import SHARED, needs_shared
 
 from peftjax import hub, instruct, replies, self_instruct
-from peftjax.cli import main
 from peftjax.generate import Decoding, Writer
 from peftjax.replies import Log, Params, Reply, Request
 from peftjax.templates import TEMPLATES
@@ -30,21 +29,6 @@ from peftjax.templates import TEMPLATES
 
 def lines_of(file):
     return [json.loads(line) for line in file.read_text().splitlines()]
-
-
-@pytest.fixture
-def call(capsys):
-    """Runs the command in this process; gives exit status, stdout and stderr."""
-
-    def run(*arguments):
-        status = 0
-        try:
-            main([str(a) for a in arguments])
-        except SystemExit as e:
-            status = e.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 # Mixtures
