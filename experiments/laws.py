@@ -59,11 +59,11 @@ def _cell(where: str, name: str) -> tuple[str, str] | None:
     if match is None:
         return None
     if "test_quantize" in where:
-        found = re.fullmatch(r"(.+)-(llama|bert|gpt2|t5)-(int8|nf4|nf4-double)", match[1])
+        found = re.fullmatch(r"(.+)-(\w+)-(int8|nf4|nf4-double)", match[1])
         if found is None or not name.startswith("test_the_laws"):
             return None
         return found[1], f"{found[2]}, quantised to {found[3]}"
-    found = re.fullmatch(r"(llama|bert|gpt2|t5)-(.+)", match[1])
+    found = re.fullmatch(r"([a-z0-9_]+)-(.+)", match[1])
     return (found[2], found[1]) if found and "law_10" not in name else None
 
 

@@ -1,5 +1,6 @@
 """GPT-2 (Radford et al. 2019): pre-norm decoder with learned positions; one fused product for q, k and v."""
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -7,18 +8,17 @@ import jax.numpy as jnp
 
 from ..methods.base import Site
 from .base import Family
+from .decoder import Decoder
 from .layers import (
     Context,
     Embed,
     LayerNorm,
     Linear,
-    Output,
     activation,
     attention,
     begin,
     causal_context,
     hook,
-    last_token,
     run_blocks,
     write_cache,
 )
@@ -136,67 +136,6 @@ class Base(nn.Module):
         return self.wte.attend(x)
 
 
-class GPT2(nn.Module):
-    """GPT-2 as a base, a causal language model, or a classifier.
-
-    Attributes:
-      config: sizes and rates.
-      head: 'none', 'causal-lm' or 'classification' (reads the last token that is not padding).
-      dtype: of the activations.
-      remat: recompute each block's activations in the backward pass.
-    """
-
-    config: Config
-    head: str = "causal-lm"
-    dtype: Any = jnp.float32
-    remat: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids,
-        attention_mask=None,
-        type_ids=None,
-        positions=None,
-        cache=None,
-        deterministic=True,
-        last_only=False,
-        continued=False,
-        segment_ids=None,
-    ):
-        """Token ids (batch, length) -> `Output`.
-
-        Args:
-          attention_mask: (batch, length), 1 at tokens and 0 at padding, on either side.
-          type_ids: must be None; GPT-2 was trained without.
-          positions: (batch, length); default: counted from 0, or from the cache's end.
-          cache: keys and values of the tokens before these.
-          last_only: a language model's logits of the last position only, (batch, 1, vocabulary).
-          continued: the tokens continue a text whose beginning, virtual tokens included, is in the cache.
-          segment_ids: (batch, length) of packed texts: 1, 2, ... by text and 0 at padding; a token looks at its own
-            text only. Give the positions too, from 0 for each text.
-
-        Raises:
-          ValueError: more tokens, virtual ones included, than positions.
-        """
-        if type_ids is not None:
-            raise ValueError("GPT-2 has no token types; leave type_ids out")
-        c = self.config
-        mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-        base = Base(c, self.dtype, self.remat, name="transformer")
-        hidden, cache = base(input_ids, mask, positions, cache, deterministic, continued, segment_ids)
-        logits = None
-        if self.head == "causal-lm":
-            hidden = hidden[:, -1:] if last_only else hidden
-            if c.tie_word_embeddings:
-                logits = base.attend(hidden)
-            else:
-                logits = Linear(c.vocab_size, False, c.initializer_range, name="lm_head")(hidden)
-        elif self.head == "classification":
-            logits = Linear(c.num_labels, False, c.initializer_range, name="score")(last_token(hidden, mask))
-        return Output(hidden, None, None if logits is None else logits.astype(jnp.float32), cache)
-
-
 def sites(c: Config, head: str) -> tuple[Site, ...]:
     """Where methods may act, per layer; query, key and value are parts of one product."""
     d = c.n_embd
@@ -238,7 +177,7 @@ def _check(c: Config) -> None:
 FAMILY = Family(
     name="gpt2",
     config=Config,
-    module=GPT2,
+    module=functools.partial(Decoder, body=Base, at="transformer"),
     sites=sites,
     base="transformer",
     heads={

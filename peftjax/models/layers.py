@@ -194,7 +194,17 @@ def activation(name: str) -> Callable:
 
 
 def attention(
-    module, q, k, v, mask, *, bias=None, scale: float | None = None, dropout: float = 0.0, deterministic: bool = True
+    module,
+    q,
+    k,
+    v,
+    mask,
+    *,
+    bias=None,
+    scale: float | None = None,
+    cap: float | None = None,
+    dropout: float = 0.0,
+    deterministic: bool = True,
 ):
     """Dot-product attention with grouped key/value heads and dropout on the probabilities.
 
@@ -204,8 +214,9 @@ def attention(
       k, v: (batch, keys, key/value heads, size).
       mask: (batch or 1, 1, queries, keys') booleans. Keys beyond keys' come first and are always seen:
         a prefix.
-      bias: (1, heads, queries, keys), added to the scores.
+      bias: (batch or 1, heads, queries or 1, keys), added to the scores; keys of a prefix included.
       scale: of the scores, before the bias; default: 1 / sqrt(size).
+      cap: the scaled scores s become cap · tanh(s / cap), before the bias.
 
     Returns:
       (batch, queries, heads · size)
@@ -213,17 +224,19 @@ def attention(
     extra = k.shape[1] - mask.shape[-1]
     if extra:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (extra, 0)), constant_values=True)
-    if deterministic or not dropout:
+    if (deterministic or not dropout) and cap is None:
         y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
     else:
         groups = q.shape[2] // k.shape[2]
         grouped = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
         scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=jnp.float32)
         scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+        if cap is not None:
+            scores = cap * jnp.tanh(scores / cap)
         if bias is not None:
-            scores = scores + bias.astype(jnp.float32).reshape(1, k.shape[2], groups, *bias.shape[2:])
+            scores = scores + bias.astype(jnp.float32).reshape(-1, k.shape[2], groups, *bias.shape[2:])
         scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-        p = nn.Dropout(dropout, deterministic=False, parent=module)(jax.nn.softmax(scores, axis=-1))
+        p = nn.Dropout(dropout, parent=module)(jax.nn.softmax(scores, axis=-1), deterministic=deterministic)
         y = jnp.einsum("bhgqk,bkhd->bqhgd", p.astype(v.dtype), v)
     return y.reshape(*q.shape[:2], -1)
 
@@ -232,6 +245,16 @@ def causal_mask(attention_mask: jax.Array) -> jax.Array:
     """(batch, length) of 0 and 1 -> (batch, 1, length, length): own and earlier tokens, no padding."""
     t = attention_mask.shape[1]
     return attention_mask[:, None, None, :].astype(bool) & jnp.tril(jnp.ones((t, t), bool))[None, None]
+
+
+def window(mask: jax.Array, index: jax.Array | None, size: int) -> jax.Array:
+    """The mask (batch or 1, 1, queries, keys) with what is `size` or more slots before a query hidden as well.
+
+    Args:
+      index: the slot of the first query: a context's `index`; None: 0.
+    """
+    rows = jnp.arange(mask.shape[2]) + (0 if index is None else index)
+    return mask & (jnp.arange(mask.shape[3])[None, :] > rows[:, None] - size)
 
 
 def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
