@@ -129,13 +129,18 @@ def _noise(params, size):
     def add(path, x):
         if not jnp.issubdtype(x.dtype, jnp.floating):  # indices
             return x
-        key = jax.random.key(sum(map(ord, path)))
-        return x + size * jax.random.normal(key, x.shape, x.dtype)
+        rng = np.random.default_rng(sum(map(ord, path)))
+        return x + (size * rng.normal(size=x.shape)).astype(x.dtype)
 
     return map_with_path(add, params)
 
 
-FAMILIES = {"llama": llama, "bert": bert, "gpt2": gpt2, "t5": t5}
+FAMILIES = {
+    "llama": llama,
+    "bert": bert,
+    "gpt2": gpt2,
+    "t5": t5,
+}
 
 
 class Sizes(NamedTuple):
@@ -148,6 +153,7 @@ class Sizes(NamedTuple):
     attention: int  # inputs and outputs of the attention's matrices, in all
     norms: int  # scales and biases
     blocks: int  # parameters in the blocks
+    ff: int = FF
 
 
 SIZES = {
@@ -230,7 +236,7 @@ CASES = {
     "bitfit-subset": Case(
         bitfit(["query", "mlp_in"]),
         r".*/(<query>|<mlp_in>|blocks/query)(/bias)?/value",
-        lambda s, n: LAYERS * (D + s.mlp_in * FF),
+        lambda s, n: LAYERS * (D + s.mlp_in * s.ff),
     ),
     "fishmask+head": Case(
         chain(fishmask(0.1, samples=5), head()),
@@ -279,12 +285,12 @@ CASES = {
     "pissa-everywhere": Case(
         pissa(rank=2, niter=2, dropout=0.2, targets=["linear", "embedding"], rank_pattern={"mlp_out": 1}),
         r".*(layer|layers|h)_\d+/.*/kernel/[ab]|.*/(<embedding>)/embedding/[ab]",
-        lambda s, n: 2 * (VOCAB + D) + LAYERS * (2 * s.attention + 2 * s.mlp_in * (D + FF) + (FF + D)),
+        lambda s, n: 2 * (VOCAB + D) + LAYERS * (2 * s.attention + 2 * s.mlp_in * (D + s.ff) + (s.ff + D)),
     ),
     "olora": Case(
         olora(rank=3, alpha=2, targets=["linear"]),
         r".*(layer|layers|h)_\d+/.*/kernel/[ab]",
-        lambda s, n: LAYERS * 3 * (s.attention + (s.mlp_in + 1) * (D + FF)),
+        lambda s, n: LAYERS * 3 * (s.attention + (s.mlp_in + 1) * (D + s.ff)),
     ),
     "vera": Case(
         vera(rank=20),
@@ -294,7 +300,7 @@ CASES = {
     "vera-wider": Case(
         vera(rank=5, targets=["mlp_in", "mlp_out", "embedding"], d_initial=1, seed=3),
         r".*(layer|layers|h)_\d+/.*/kernel/[db]|.*/(<embedding>)/embedding/[db]",
-        lambda s, n: 5 + D + LAYERS * (s.mlp_in * (5 + FF) + 5 + D),
+        lambda s, n: 5 + D + LAYERS * (s.mlp_in * (5 + s.ff) + 5 + D),
     ),
     "dora": Case(
         dora(rank=3, alpha=5),
@@ -307,8 +313,8 @@ CASES = {
         lambda s, n: (
             2 * (VOCAB + D)
             + D
-            + LAYERS * (2 * s.attention + 2 * s.mlp_in * (D + FF) + (FF + D))
-            + LAYERS * (2 * D + 2 * s.kv + s.mlp_in * FF + D)  # a length for each output
+            + LAYERS * (2 * s.attention + 2 * s.mlp_in * (D + s.ff) + (s.ff + D))
+            + LAYERS * (2 * D + 2 * s.kv + s.mlp_in * s.ff + D)  # a length for each output
         ),
     ),
     "rslora-dropout": Case(
@@ -326,14 +332,14 @@ CASES = {
         r".*(layer|layers|h)_\d+/.*/kernel/[ab]|.*(<embedding>)/embedding/[ab]",
         lambda s, n: (
             (VOCAB + D)
-            + 3 * (s.attention + s.mlp_in * (D + FF))  # rank 2 in layer 0, rank 1 in layer 1
-            + 2 * 4 * (FF + D)
+            + 3 * (s.attention + s.mlp_in * (D + s.ff))  # rank 2 in layer 0, rank 1 in layer 1
+            + 2 * 4 * (s.ff + D)
         ),
     ),
     "adalora": Case(
         adalora(target_rank=2, init_rank=3, targets=["query", "mlp_out"]),
         r".*/(<query>|<mlp_out>)(/kernel)?/(a|lam|b)",
-        lambda s, n: _lora_count(3, (D, D), (FF, D)) + 2 * LAYERS * 3,
+        lambda s, n: _lora_count(3, (D, D), (s.ff, D)) + 2 * LAYERS * 3,
     ),
     "adalora+lora+head": Case(
         chain(adalora(2, 4, targets=["value", "embedding"], dropout=0.1), lora(rank=2, targets=["query"]), head()),
@@ -348,7 +354,7 @@ CASES = {
     "dylora-frozen": Case(
         dylora(rank=4, targets=["linear", "embedding"], frozen=True, distribution="geometric", dropout=0.1),
         r".*(layer|layers|h)_\d+/.*/kernel/[ab]|.*(<embedding>)/embedding/[ab]",
-        lambda s, n: 4 * (VOCAB + D) + LAYERS * 4 * (s.attention + (s.mlp_in + 1) * (D + FF)),
+        lambda s, n: 4 * (VOCAB + D) + LAYERS * 4 * (s.attention + (s.mlp_in + 1) * (D + s.ff)),
     ),
     "prefix": Case(prefix(5), r".*/prefix/(key|value)", lambda s, n: 2 * 5 * LAYERS * s.kv, start=None, merges=False),
     "prefix-mlp": Case(
@@ -427,9 +433,9 @@ CASES = {
         start=None,
         merges=False,
     ),
-    "ia3": Case(ia3(), r".*/(output|input)/l", lambda s, n: LAYERS * (2 * s.kv + FF)),
+    "ia3": Case(ia3(), r".*/(output|input)/l", lambda s, n: LAYERS * (2 * s.kv + s.ff)),
     "ia3-others": Case(
-        ia3(["query", "attention_out", "mlp_in"]), r".*/output/l", lambda s, n: LAYERS * (2 * D + s.mlp_in * FF)
+        ia3(["query", "attention_out", "mlp_in"]), r".*/output/l", lambda s, n: LAYERS * (2 * D + s.mlp_in * s.ff)
     ),
     "norm_tuning": Case(
         norm_tuning(), r".*(norm|LayerNorm|layernorm|ln_[12f])/(scale|bias)/value", lambda s, n: s.norms
@@ -447,7 +453,7 @@ CASES = {
     "lora+ia3+head": Case(
         chain(lora(rank=2, alpha=3), ia3(["mlp_out"]), head()),
         r".*/(<query>|<value>)(/kernel)?/[ab]|.*/input/l|(<head>)/.*",
-        lambda s, n: _lora_count(2, (D, D), (D, s.kv)) + LAYERS * FF + s.head,
+        lambda s, n: _lora_count(2, (D, D), (D, s.kv)) + LAYERS * s.ff + s.head,
     ),
     "prefix+adapter": Case(
         chain(prefix(3), adapter(2)),
@@ -579,9 +585,17 @@ EVERY = pytest.mark.parametrize(
 ALL_CASES = pytest.mark.parametrize("name", CASES)
 
 
+class Models(dict):
+    """Family -> model, made when it is asked for."""
+
+    def __missing__(self, name):
+        self[name] = FAMILIES[name]()
+        return self[name]
+
+
 @pytest.fixture(scope="module")
 def models():
-    return {name: make() for name, make in FAMILIES.items()}
+    return Models()
 
 
 def _batch():
@@ -600,9 +614,14 @@ def _adapt(model, method):
     return method.init(jax.random.key(1), model.params, model.sites)
 
 
+FORWARDS: dict[int, Callable] = {}
+
+
 def _logits(model, params):
+    if id(model.module) not in FORWARDS:  # one function a module, for jit to know it again
+        FORWARDS[id(model.module)] = jax.jit(lambda params, batch: model.forward(params, batch).logits)
     with jax.numpy_dtype_promotion("strict"):  # nothing may widen silently
-        return model.forward(params, _batch()).logits
+        return FORWARDS[id(model.module)](params, _batch())
 
 
 def _objective(model):

@@ -21,7 +21,7 @@ from .layers import (
     run_blocks,
     write_cache,
 )
-from .rope import ROPE_KEYS, ROPE_TYPES, rope_angles, rotate
+from .rope import check_rope, rope_angles, rotate
 
 
 class Config(NamedTuple):
@@ -167,19 +167,11 @@ def sites(c: Config, head: str) -> tuple[Site, ...]:
 
 
 def _check(c: Config) -> None:
-    rope = c.rope_parameters
     if c.num_attention_heads % c.num_key_value_heads:
         raise ValueError(
             f"{c.num_attention_heads} attention heads do not divide into {c.num_key_value_heads} key/value heads"
         )
-    if c.head_dim % 2:
-        raise ValueError(f"head_dim {c.head_dim} is odd; rotary position embedding turns pairs of features")
-    if unknown := sorted(set(rope) - ROPE_KEYS):
-        raise ValueError(f"the rope parameters {unknown} are not known; known are {sorted(ROPE_KEYS)}")
-    if rope["rope_type"] not in ROPE_TYPES:
-        raise ValueError(f"rope_type {rope['rope_type']!r} is not supported; supported are {sorted(ROPE_TYPES)}")
-    if rope["rope_type"] != "proportional" and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError("partial_rotary_factor other than 1 is supported for rope_type 'proportional' only")
+    check_rope(c.rope_parameters, c.head_dim)
     activation(c.hidden_act)
 
 

@@ -108,6 +108,27 @@ ROPE_TYPES: dict[str, Callable] = {
 }
 
 
+def check_rope(parameters: Mapping, dim: int) -> None:
+    """Raises for parameters that `rope_angles` cannot honour.
+
+    Args:
+      parameters: the config's `rope_parameters`.
+      dim: features of a head that turn.
+
+    Raises:
+      ValueError: an odd `dim`, an unknown type or parameter, or a share of the features where the type has none.
+    """
+    if dim % 2:
+        raise ValueError(f"head_dim {dim} is odd; rotary position embedding turns pairs of features")
+    if unknown := sorted(set(parameters) - ROPE_KEYS):
+        raise ValueError(f"the rope parameters {unknown} are not known; known are {sorted(ROPE_KEYS)}")
+    kind = parameters["rope_type"]
+    if kind not in ROPE_TYPES:
+        raise ValueError(f"rope_type {kind!r} is not supported; supported are {sorted(ROPE_TYPES)}")
+    if kind != "proportional" and parameters.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("partial_rotary_factor other than 1 is supported for rope_type 'proportional' only")
+
+
 def rope_angles(parameters: Mapping, dim: int, max_length: int, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Cosines and sines of the rotation, times the attention scaling; float32, (batch, length, dim / 2).
 
