@@ -68,10 +68,15 @@ def entries(
             note = "the model has no biases; zero ones were added and trained (merging needs a place for them)"
         if tokenizer is not None and "prompt" in names:
             m = with_text_ids(m, tokenizer())
-        if is_classifier and not {"head", "full", "child_tuning"} & set(names):
+        if is_classifier and not any(_trains_the_head(n, a) for n, a in m.spec):
             m = chain(m, head())
         out.append(Entry(name, m, note))
     return out
+
+
+def _trains_the_head(name: str, arguments: dict) -> bool:
+    targets = arguments.get("targets")
+    return name in ("head", "child_tuning") or (name == "full" and (not targets or "head" in targets))
 
 
 def rate_of(entry: Entry, rates: dict[str, float], model: Model, model_name: str) -> float:

@@ -231,6 +231,7 @@ def _named(pattern: str) -> str:
 
 CASES = {
     "full": Case(full(), r".*", lambda s, n: n, base_frozen=False),
+    "full-targets": Case(full(["mlp_out"]), r".*/(<mlp_out>)/kernel/value", lambda s, n: LAYERS * s.ff * D),
     "head": Case(head(), r"(<head>)/.*", lambda s, n: s.head),
     "bitfit": Case(bitfit(), r".*/bias/value", lambda s, n: s.biases),
     "bitfit-subset": Case(
@@ -473,6 +474,7 @@ def _t5_count(r, *shapes):
 
 T5_IN, T5_ALL = (D, T5_INNER), 3 * 4 * (D + T5_INNER) + 2 * 3 * (D + FF)  # inputs and outputs of one; of all, a layer
 T5 = {  # where three times as many attention modules as layers, or other names, make another pattern or count
+    "full-targets": (r".*/wo/kernel/value", lambda s, n: 2 * LAYERS * FF * D),
     "head": (r"classification_head/.*", CASES["head"].count),
     "bitfit-subset": (r".*/(q|wi\d)/bias/value", lambda s, n: LAYERS * (3 * T5_INNER + 2 * 2 * FF)),
     "fishmask+head": (r".*/values|classification_head/.*", CASES["fishmask+head"].count),
@@ -561,7 +563,15 @@ OTHERS = {"t5": T5}  # family -> its rows that differ
 # first eight; bfloat16 and the layouts, which compile slowly, for fewer. All of it: `experiments/laws.py`.
 CORE = ("full", "bitfit", "lora", "dora", "fishmask+head", "adapter", "prefix", "prompt")
 VARIANTS = [  # of a method that has another row
-    *("bitfit-subset", "fishmask-random", "lora-patterns", "rslora-dropout", "lora+lora_fa", "pissa-everywhere"),
+    *(
+        "full-targets",
+        "bitfit-subset",
+        "fishmask-random",
+        "lora-patterns",
+        "rslora-dropout",
+        "lora+lora_fa",
+        "pissa-everywhere",
+    ),
     *("vera-wider", "dora-everywhere", "adalora+lora+head", "dylora-frozen", "prefix-mlp", "prefix+lora"),
     *("lora+neftune", "prompt-ids", "p_tuning-mlp", "adapter-dropped", "ia3-others", "trainable_tokens-frequent"),
 ]
