@@ -173,6 +173,9 @@ def load(
         hf_config.tie_word_embeddings = False
         model = _describe(hf_config, task, dtype, remat, folder)
     params, missing = _read_params(model, files, fresh_head, param_dtype, quantize)
+    if without := _spare(model).intersection(missing):
+        missing = [p for p in missing if p not in without]
+        model = model._replace(sites=tuple(s for s in model.sites if s.path not in without))
     heads = {s.module for s in model.sites if s.kind == "head"}
     trained = {p for p in flatten(model.params) if p.rpartition("/")[0] in heads} - set(missing)
     if trained and isinstance(labels, list):
@@ -295,7 +298,8 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
             f"{architecture} has no place for {extra[:5]}{' ...' if len(extra) > 5 else ''} "
             f"({len(extra)} parameters); keep them as an adapter file"
         )
-    if bad := [p for p, x in expected.items() if p not in merged or merged[p].shape != x.shape]:
+    spare = _spare(model) if _spare(model).isdisjoint(merged) else set()
+    if bad := [p for p, x in expected.items() if p not in spare and (p not in merged or merged[p].shape != x.shape)]:
         raise ValueError(
             f"{architecture} needs other parameters than these: "
             + "; ".join(
@@ -318,6 +322,14 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def _spare(model: Model) -> set[str]:
+    """Paths of the pooler where no head reads it: files of a masked-language model have none, and it is left out."""
+    if model.module.head != "none":
+        return set()
+    poolers = {s.module for s in model.family.sites(model.config, "none") if s.kind == "pooler"}
+    return {p for p in flatten(_shapes(model)) if p.rpartition("/")[0] in poolers}
 
 
 def _with_biases(model: Model, merged: dict[str, jax.Array]) -> tuple[Model, dict[str, jax.Array]]:
@@ -505,7 +517,8 @@ def _read_params(
                     x = jax.block_until_ready(x)  # else the next tensor is read while this one is still in memory
                 found[path] = x if path in coded else x.astype(dtype)
     missing = [p for p in shapes if p not in found]
-    excused = optional if optional.isdisjoint([*found, *wrong]) else set()  # a head is there whole or not at all
+    alone = (optional, _spare(model))  # each is there whole or not at all
+    excused = {p for part in alone if part.isdisjoint([*found, *wrong]) for p in part}
     absent = [family.tensor(p) for p in missing if p not in excused and p not in wrong]
     problems = [("missing", absent), ("not known to the model", extra), ("of a wrong shape", wrong.values())]
     if any(rows for _, rows in problems):

@@ -54,6 +54,18 @@ def bert_cased(layers=12, width=768, heads=12, vocabulary=28996):
     )
 
 
+def roberta(layers=12, width=768, heads=12):
+    return transformers.RobertaConfig(
+        vocab_size=50265,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+    )
+
+
 def llama_of(layers, width, heads, kv=None, ff=None, vocabulary=100):
     return transformers.LlamaConfig(
         vocab_size=vocabulary,
@@ -135,6 +147,8 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
     "bert-large-cased": lambda: bert_cased(24, 1024, 16),
     "bert-large-cased-whole-word-masking": lambda: bert_cased(24, 1024, 16),
     "bert-large-uncased": lambda: bert_cased(24, 1024, 16, 30522),
+    "roberta-base": roberta,
+    "roberta-large": lambda: roberta(24, 1024, 16),
     "gpt2-medium": lambda: gpt2_of(24, 1024, 16),
     "gpt2-large": lambda: gpt2_of(36, 1280, 20),
     "llama-7b": lambda: llama_of(32, 4096, 32, ff=11008, vocabulary=32000),
@@ -156,10 +170,6 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
 
 # Where the family is not here, one with the same shapes in all that the rows count: name -> (config, what is the same).
 STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
-    "roberta-base": (bert_cased, "a layer and the embeddings' norm are BERT's"),
-    "roberta-large": (lambda: bert_cased(24, 1024, 16), "a layer and the embeddings' norm are BERT's"),
-    "head of roberta-base": (lambda: t5(1, 768, 12, 8), "T5's classifier: dense d x d and out_proj, with biases"),
-    "head of roberta-large": (lambda: t5(1, 1024, 16, 8), "T5's classifier: dense d x d and out_proj, with biases"),
     "deberta-v3-base": (bert_cased, "the six matrices of a layer are BERT's"),
     "deberta-v2-xxlarge": (lambda: bert_cased(48, 1536, 24), "queries and values are BERT's"),
     "facebook/opt-350m": (lambda: bert_cased(24, 1024, 16), "24 layers of queries and values, 1024 x 1024"),
@@ -170,7 +180,14 @@ STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
         "queries and values; their biases are no part of the adapter",
     ),
 }
-TASK = {"bert": "encoder", "gpt2": "causal-lm", "llama": "causal-lm", "t5": "seq2seq", "mt5": "seq2seq"}
+TASK = {
+    "bert": "encoder",
+    "roberta": "encoder",
+    "gpt2": "causal-lm",
+    "llama": "causal-lm",
+    "t5": "seq2seq",
+    "mt5": "seq2seq",
+}
 
 
 class Case(NamedTuple):
@@ -183,7 +200,7 @@ class Case(NamedTuple):
 
 
 def roberta_head(labels: int, size: str = "base") -> Case:
-    return Case(head(), "classification", f"head of roberta-{size}", labels)
+    return Case(head(), "classification", f"roberta-{size}", labels)
 
 
 FIVE = ["query", "key", "value", r".*/up_proj/kernel", "mlp_out"]  # Liu et al. 2024's targets in Llama
@@ -223,11 +240,11 @@ CASES: dict[str, Case] = {
     # Houlsby et al. 2019
     "houlsby_bert_large_64": Case(chain(adapter(64), norm_tuning())),
     "houlsby_bert_base_LN_only": Case(norm_tuning()),
-    # Ben Zaken et al. 2022; without the pooler in RoBERTa, which has none
+    # Ben Zaken et al. 2022; RoBERTa's classifier has no pooler
     "bitfit_bert-base-cased": Case(bitfit()),
     "bitfit_bert-large-cased": Case(bitfit()),
     "bitfit_qm2_bert-base-cased": Case(bitfit(["query", "mlp_in"])),
-    "bitfit_roberta-large": Case(bitfit(["linear", "norm"])),
+    "bitfit_roberta-large": Case(bitfit(), "classification"),
     # Sung et al. 2021: the head is within the budget
     "fish_bert_large_0.5pct": Case(chain(fishmask(0.005), head()), "classification", labels=2),
     # Li & Liang 2021

@@ -48,6 +48,7 @@ from peftjax.tree import cast, flatten, map_with_path
 T5_INNER = 24  # features of T5's heads, more than the width
 D, FF, LAYERS, HEADS, KV, VOCAB, LABELS = 16, 24, 2, 4, 2, 37, 3
 SIZE = D // HEADS
+EMBEDDING = 12  # features of ELECTRA's embeddings, fewer than the width
 
 
 def llama() -> hub.Model:
@@ -66,18 +67,33 @@ def llama() -> hub.Model:
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 
 
+ENCODER = {
+    "vocab_size": VOCAB,
+    "hidden_size": D,
+    "intermediate_size": FF,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+    "initializer_range": 0.3,
+}
+
+
 def bert() -> hub.Model:
-    config = transformers.BertConfig(
-        vocab_size=VOCAB,
-        hidden_size=D,
-        intermediate_size=FF,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.3,
-    )
+    return _noisy(hub.from_config(transformers.BertConfig(**ENCODER), "classification", labels=LABELS))
+
+
+def roberta() -> hub.Model:
+    return _noisy(hub.from_config(transformers.RobertaConfig(**ENCODER), "classification", labels=LABELS))
+
+
+def xlm_roberta() -> hub.Model:
+    return _noisy(hub.from_config(transformers.XLMRobertaConfig(**ENCODER), "classification", labels=LABELS))
+
+
+def electra() -> hub.Model:
+    config = transformers.ElectraConfig(**ENCODER, embedding_size=EMBEDDING)
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 
 
@@ -138,6 +154,9 @@ def _noise(params, size):
 FAMILIES = {
     "llama": llama,
     "bert": bert,
+    "roberta": roberta,
+    "xlm-roberta": xlm_roberta,
+    "electra": electra,
     "gpt2": gpt2,
     "t5": t5,
 }
@@ -154,6 +173,7 @@ class Sizes(NamedTuple):
     norms: int  # scales and biases
     blocks: int  # parameters in the blocks
     ff: int = FF
+    embedding: int = D  # features of the embeddings
 
 
 SIZES = {
@@ -175,6 +195,30 @@ SIZES = {
         attention=8 * D,
         norms=(2 * LAYERS + 1) * 2 * D,
         blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
+    ),
+    # BERT's, with a dense layer in the head in place of the pooler
+    **dict.fromkeys(
+        ("roberta", "xlm-roberta"),
+        Sizes(
+            kv=D,
+            biases=LAYERS * (4 * D + 2 * D + FF + D) + D,
+            head=(D + 1) * (D + LABELS),
+            mlp_in=1,
+            attention=8 * D,
+            norms=(2 * LAYERS + 1) * 2 * D,
+            blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
+        ),
+    ),
+    # the embeddings' norm is as wide as they are; the projection has a bias
+    "electra": Sizes(
+        kv=D,
+        biases=LAYERS * (4 * D + 2 * D + FF + D) + EMBEDDING + D,
+        head=(D + 1) * (D + LABELS),
+        mlp_in=1,
+        attention=8 * D,
+        norms=2 * LAYERS * 2 * D + 2 * EMBEDDING,
+        blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
+        embedding=EMBEDDING,
     ),
     # three times as many attention modules as layers, biases beside all that is linear
     "t5": Sizes(
@@ -286,7 +330,7 @@ CASES = {
     "pissa-everywhere": Case(
         pissa(rank=2, niter=2, dropout=0.2, targets=["linear", "embedding"], rank_pattern={"mlp_out": 1}),
         r".*(layer|layers|h)_\d+/.*/kernel/[ab]|.*/(<embedding>)/embedding/[ab]",
-        lambda s, n: 2 * (VOCAB + D) + LAYERS * (2 * s.attention + 2 * s.mlp_in * (D + s.ff) + (s.ff + D)),
+        lambda s, n: 2 * (VOCAB + s.embedding) + LAYERS * (2 * s.attention + 2 * s.mlp_in * (D + s.ff) + (s.ff + D)),
     ),
     "olora": Case(
         olora(rank=3, alpha=2, targets=["linear"]),
@@ -301,7 +345,7 @@ CASES = {
     "vera-wider": Case(
         vera(rank=5, targets=["mlp_in", "mlp_out", "embedding"], d_initial=1, seed=3),
         r".*(layer|layers|h)_\d+/.*/kernel/[db]|.*/(<embedding>)/embedding/[db]",
-        lambda s, n: 5 + D + LAYERS * (s.mlp_in * (5 + s.ff) + 5 + D),
+        lambda s, n: 5 + s.embedding + LAYERS * (s.mlp_in * (5 + s.ff) + 5 + D),
     ),
     "dora": Case(
         dora(rank=3, alpha=5),
@@ -312,8 +356,8 @@ CASES = {
         dora(rank=2, alpha=3, dropout=0.2, targets=["linear", "embedding"], rank_pattern={"mlp_out": 1}),
         r".*(layer|layers|h)_\d+/.*/kernel/([ab]|magnitude)|.*/(<embedding>)/embedding/([ab]|magnitude)",
         lambda s, n: (
-            2 * (VOCAB + D)
-            + D
+            2 * (VOCAB + s.embedding)
+            + s.embedding
             + LAYERS * (2 * s.attention + 2 * s.mlp_in * (D + s.ff) + (s.ff + D))
             + LAYERS * (2 * D + 2 * s.kv + s.mlp_in * s.ff + D)  # a length for each output
         ),
@@ -332,7 +376,7 @@ CASES = {
         ),
         r".*(layer|layers|h)_\d+/.*/kernel/[ab]|.*(<embedding>)/embedding/[ab]",
         lambda s, n: (
-            (VOCAB + D)
+            (VOCAB + s.embedding)
             + 3 * (s.attention + s.mlp_in * (D + s.ff))  # rank 2 in layer 0, rank 1 in layer 1
             + 2 * 4 * (s.ff + D)
         ),
@@ -345,7 +389,9 @@ CASES = {
     "adalora+lora+head": Case(
         chain(adalora(2, 4, targets=["value", "embedding"], dropout=0.1), lora(rank=2, targets=["query"]), head()),
         r".*/(<value>)(/kernel)?/(a|lam|b)|.*/embedding/(a|lam|b)|.*/(<query>)(/kernel)?/[ab]|(<head>)/.*",
-        lambda s, n: _lora_count(4, (D, s.kv)) + LAYERS * 4 + 4 * (VOCAB + D + 1) + _lora_count(2, (D, D)) + s.head,
+        lambda s, n: (
+            _lora_count(4, (D, s.kv)) + LAYERS * 4 + 4 * (VOCAB + s.embedding + 1) + _lora_count(2, (D, D)) + s.head
+        ),
     ),
     "dylora": Case(
         dylora(rank=3, alpha=5),
@@ -355,7 +401,7 @@ CASES = {
     "dylora-frozen": Case(
         dylora(rank=4, targets=["linear", "embedding"], frozen=True, distribution="geometric", dropout=0.1),
         r".*(layer|layers|h)_\d+/.*/kernel/[ab]|.*(<embedding>)/embedding/[ab]",
-        lambda s, n: 4 * (VOCAB + D) + LAYERS * 4 * (s.attention + (s.mlp_in + 1) * (D + s.ff)),
+        lambda s, n: 4 * (VOCAB + s.embedding) + LAYERS * 4 * (s.attention + (s.mlp_in + 1) * (D + s.ff)),
     ),
     "prefix": Case(prefix(5), r".*/prefix/(key|value)", lambda s, n: 2 * 5 * LAYERS * s.kv, start=None, merges=False),
     "prefix-mlp": Case(
@@ -382,21 +428,31 @@ CASES = {
         r".*/(<query>)(/kernel)?/(base/)?[ab]",
         lambda s, n: _lora_count(5, (D, D)),
     ),
-    "prompt": Case(prompt(5), r".*/prompt/vectors", lambda s, n: 5 * D, start=None, merges=False),
+    "prompt": Case(prompt(5), r".*/prompt/vectors", lambda s, n: 5 * s.embedding, start=None, merges=False),
     "prompt-ids": Case(
-        prompt(4, start="random", ids=[3, 1]), r".*/prompt/vectors", lambda s, n: 4 * D, start=None, merges=False
+        prompt(4, start="random", ids=[3, 1]),
+        r".*/prompt/vectors",
+        lambda s, n: 4 * s.embedding,
+        start=None,
+        merges=False,
     ),
     "p_tuning": Case(
         p_tuning(3, hidden=4, layers=2),
         r"prompt_encoder/.*",
-        lambda s, n: 3 * D + 2 * 16 * (D + 4 + 1) + 2 * 16 * (8 + 4 + 1) + (8 + 1) * 8 + (8 + 1) * D,
+        lambda s, n: (
+            3 * s.embedding
+            + 2 * 16 * (s.embedding + 4 + 1)
+            + 2 * 16 * (8 + 4 + 1)
+            + (8 + 1) * 8
+            + (8 + 1) * s.embedding
+        ),
         start=None,
         merges=False,
     ),
     "p_tuning-mlp": Case(
         p_tuning(3, encoder="mlp", hidden=6),
         r"prompt_encoder/.*",
-        lambda s, n: 3 * D + 2 * D * 6 + 6 * 6 + 2 * 6 + D,
+        lambda s, n: 3 * s.embedding + 2 * s.embedding * 6 + 6 * 6 + 2 * 6 + s.embedding,
         start=None,
         merges=False,
     ),
@@ -441,9 +497,11 @@ CASES = {
     "norm_tuning": Case(
         norm_tuning(), r".*(norm|LayerNorm|layernorm|ln_[12f])/(scale|bias)/value", lambda s, n: s.norms
     ),
-    "trainable_tokens": Case(trainable_tokens([7, 3, 30]), r".*/(<embedding>)/embedding/rows", lambda s, n: 3 * D),
+    "trainable_tokens": Case(
+        trainable_tokens([7, 3, 30]), r".*/(<embedding>)/embedding/rows", lambda s, n: 3 * s.embedding
+    ),
     "trainable_tokens-frequent": Case(
-        trainable_tokens(count=5), r".*/(<embedding>)/embedding/rows", lambda s, n: 5 * D
+        trainable_tokens(count=5), r".*/(<embedding>)/embedding/rows", lambda s, n: 5 * s.embedding
     ),
     "child_tuning": Case(child_tuning("F", 0.5), r".*", lambda s, n: n, base_frozen=False),
     "child_tuning-D": Case(

@@ -16,6 +16,7 @@ from peftjax.tree import Tree, map_with_path
 WORDS = "cat dog sat ran red blue big small good bad name type pub place is and in the near : | ||".split()  # noqa: SIM905 - reads better than a list
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 WIDTH, LAYERS = 16, 2
+ENCODERS = ("bert", "roberta", "xlm-roberta", "electra")
 
 
 def tokenizer() -> transformers.PreTrainedTokenizerFast:
@@ -46,6 +47,11 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
     }
     if family == "bert":
         return transformers.BertConfig(**sizes | changes)
+    if family in ("roberta", "xlm-roberta"):
+        kind = transformers.RobertaConfig if family == "roberta" else transformers.XLMRobertaConfig
+        return kind(**sizes | {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | changes)
+    if family == "electra":
+        return transformers.ElectraConfig(**sizes | {"embedding_size": 12} | changes)
     ends: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     if family == "t5":
         own: dict[str, Any] = {"d_model": WIDTH, "d_kv": 6, "d_ff": 24, "num_layers": LAYERS, "num_heads": 4}
@@ -60,7 +66,7 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
 
 def folder(at: Path, family: str, seed: int = 0, **changes) -> Path:
     """Saves a random model without a task head, tokenizer included; no bias is zero."""
-    model = hub.from_config(config(family, **changes), "encoder" if family == "bert" else "generation", seed=seed)
+    model = hub.from_config(config(family, **changes), "encoder" if family in ENCODERS else "generation", seed=seed)
     return hub.save(model, roughen(model.params, seed), at, tokenizer())
 
 

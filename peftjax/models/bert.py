@@ -30,7 +30,8 @@ class Config(NamedTuple):
 
 
 class Embeddings(nn.Module):
-    config: Config
+    config: Any
+    width: int
     dtype: Any
 
     @nn.compact
@@ -39,7 +40,7 @@ class Embeddings(nn.Module):
         c = self.config
 
         def table(rows, name):
-            return Embed(rows, c.hidden_size, self.dtype, c.initializer_range, name=name)
+            return Embed(rows, self.width, self.dtype, c.initializer_range, name=name)
 
         x, positions = before(table(c.vocab_size, "word_embeddings")(input_ids, mask))
         type_ids = jnp.pad(type_ids, ((0, 0), (x.shape[1] - type_ids.shape[1], 0)))
@@ -50,7 +51,7 @@ class Embeddings(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    config: Config
+    config: Any
 
     @nn.compact
     def __call__(self, x, context):
@@ -69,7 +70,7 @@ class SelfAttention(nn.Module):
 class Projection(nn.Module):
     """Dense, dropout, the block's hook, residual sum and norm: how both halves of a BERT block end."""
 
-    config: Config
+    config: Any
 
     @nn.compact
     def __call__(self, y, residual, context, after):
@@ -80,7 +81,7 @@ class Projection(nn.Module):
 
 
 class Attention(nn.Module):
-    config: Config
+    config: Any
 
     @nn.compact
     def __call__(self, x, context, after):
@@ -89,7 +90,7 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    config: Config
+    config: Any
 
     @nn.compact
     def __call__(self, x, context):
@@ -99,7 +100,7 @@ class Intermediate(nn.Module):
 
 
 class Layer(nn.Module):
-    config: Config
+    config: Any
 
     @nn.compact
     def __call__(self, x, cache, context: Context):
@@ -113,7 +114,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    config: Config
+    config: Any
     remat: bool
 
     @nn.compact
@@ -128,7 +129,7 @@ class Encoder(nn.Module):
 
 
 class Pooler(nn.Module):
-    config: Config
+    config: Any
 
     @nn.compact
     def __call__(self, x):
@@ -137,104 +138,167 @@ class Pooler(nn.Module):
 
 
 class Base(nn.Module):
-    """Embeddings, blocks and pooler."""
+    """Embeddings, blocks and, where there is one, the pooler; the attributes are those of `Bert`."""
 
-    config: Config
+    config: Any
     dtype: Any
     remat: bool
+    pools: bool
+    padding: int | None
+    width: int
 
     @nn.compact
     def __call__(self, input_ids, attention_mask, type_ids, positions, deterministic):
         c = self.config
         shift = hook(self, "shift", 0, x=input_ids, context=None)
         mask, n = attention_mask, 0
+        if self.padding is not None and positions is None:
+            positions = jnp.cumsum(attention_mask, axis=1) - 1
 
         def before(x):
             nonlocal mask, positions, n
             x, mask, positions, n = begin(self, x, mask, positions)
-            if x.shape[1] + shift > c.max_position_embeddings:
+            if x.shape[1] + shift > (room := positions_of(c, self.padding)):
                 raise ValueError(
                     f"{input_ids.shape[1]} tokens after {n + shift} virtual ones are more than the "
-                    f"{c.max_position_embeddings} positions of this model"
+                    f"{room} positions of this model"
                 )
             positions = positions + shift
-            return x, positions
+            if self.padding is None:
+                return x, positions
+            return x, jnp.where(mask > 0, positions + self.padding + 1, self.padding)
 
-        x = Embeddings(c, self.dtype, name="embeddings")(input_ids, attention_mask, type_ids, before, deterministic)
+        embeddings = Embeddings(c, self.width, self.dtype, name="embeddings")
+        x = embeddings(input_ids, attention_mask, type_ids, before, deterministic)
         context = Context(mask[:, None, None, :].astype(bool), positions, deterministic=deterministic)
+        if self.width != c.hidden_size:
+            x = Linear(c.hidden_size, std=c.initializer_range, name="embeddings_project")(x, context)
         x = Encoder(c, self.remat, name="encoder")(x, context)[:, n:]
-        return x, Pooler(c, name="pooler")(x)
+        pools = self.pools and (self.is_initializing() or self.has_variable("params", "pooler"))
+        return x, Pooler(c, name="pooler")(x) if pools else None
+
+
+def positions_of(c: Any, padding: int | None = None) -> int:
+    """How many tokens have a position: the table's rows, less those of padding and before it."""
+    return c.max_position_embeddings - (0 if padding is None else padding + 1)
+
+
+class Classifier(nn.Module):
+    """A head with a dense layer of its own, on the first token's states."""
+
+    config: Any
+    act: str
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, deterministic):
+        c = self.config
+
+        def linear(features, name, x):
+            x = nn.Dropout(self.rate)(x, deterministic=deterministic)
+            return Linear(features, std=c.initializer_range, name=name)(x)
+
+        return linear(c.num_labels, "out_proj", activation(self.act)(linear(c.hidden_size, "dense", x)))
 
 
 class Bert(nn.Module):
-    """BERT with or without a classification head.
+    """BERT, and encoders that are BERT but for what the attributes say, with or without a classification head.
 
     Attributes:
       config: sizes and rates.
       head: 'none' or 'classification' (with one label: regression).
       dtype: of the activations.
       remat: recompute each block's activations in the backward pass.
+      at: the name of the base in the tree.
+      pools: whether the base has a pooler; without a head it does without one that the tree has not.
+      act: of a classifier with a dense layer of its own; None: the classifier reads the pooler.
+      padding: the position of padding; tokens, which the mask tells, are counted from the next one on. None: columns
+        are counted from 0, whatever they hold.
+      width: of the embeddings; where the blocks have another, a linear layer leads from one to the other.
     """
 
-    config: Config
+    config: Any
     head: str = "none"
     dtype: Any = jnp.float32
     remat: bool = False
+    at: str = "bert"
+    pools: bool = True
+    act: str | None = None
+    padding: int | None = None
+    width: int | None = None
 
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, type_ids=None, positions=None, cache=None, deterministic=True):
-        """Token ids (batch, length) -> `Output`; the mask is 1 at tokens and 0 at padding, on either side."""
+        """Token ids (batch, length) -> `Output`; the mask is 1 at tokens and 0 at padding, on either side.
+
+        Positions that are given are counted from 0, whatever the position of padding.
+        """
         c, (_, length) = self.config, input_ids.shape
-        if length > c.max_position_embeddings:
-            raise ValueError(f"{length} tokens are more than the {c.max_position_embeddings} positions of this model")
+        if length > (room := positions_of(c, self.padding)):
+            raise ValueError(f"{length} tokens are more than the {room} positions of this model")
         mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         types = jnp.zeros_like(input_ids) if type_ids is None else type_ids
-        base = Base(c, self.dtype, self.remat, name="bert")
+        width = c.hidden_size if self.width is None else self.width
+        base = Base(c, self.dtype, self.remat, self.pools, self.padding, width, name=self.at)
         hidden, pooled = base(input_ids, mask, types, positions, deterministic)
         if self.head == "none":
             return Output(hidden, pooled)
         rate = c.hidden_dropout_prob if c.classifier_dropout is None else c.classifier_dropout
-        x = nn.Dropout(rate)(pooled, deterministic=deterministic)
-        logits = Linear(c.num_labels, std=c.initializer_range, name="classifier")(x)
+        if self.act is None:
+            x = nn.Dropout(rate)(pooled, deterministic=deterministic)
+            logits = Linear(c.num_labels, std=c.initializer_range, name="classifier")(x)
+        else:
+            logits = Classifier(c, self.act, rate, name="classifier")(hidden[:, 0], deterministic)
         return Output(hidden, pooled, logits.astype(jnp.float32))
 
 
-def sites(c: Config, head: str) -> tuple[Site, ...]:
-    """Where methods may act, per layer."""
-    d, ff = c.hidden_size, c.intermediate_size
+def sites(
+    c: Any, head: str, *, at: str = "bert", pools: bool = True, act: str | None = None, width: int | None = None
+) -> tuple[Site, ...]:
+    """Where methods may act, per layer; the keywords are attributes of `Bert`."""
+    d, ff, wide = c.hidden_size, c.intermediate_size, c.hidden_size if width is None else width
     heads = (c.num_attention_heads, c.num_attention_heads, d // c.num_attention_heads)
     rows = [
-        Site("bert", "positions", width=d),
-        Site("bert", "input", width=d),
-        Site("bert/embeddings/word_embeddings/embedding", "embedding", width=d),
-        Site("bert/embeddings/token_type_embeddings/embedding", "embedding_other", width=d),
-        Site("bert/embeddings/position_embeddings/embedding", "embedding_other", width=d),
-        Site("bert/embeddings/LayerNorm/scale", "norm", width=d),
+        Site(at, "positions", width=wide),
+        Site(at, "input", width=wide),
+        Site(f"{at}/embeddings/word_embeddings/embedding", "embedding", width=wide),
+        Site(f"{at}/embeddings/token_type_embeddings/embedding", "embedding_other", width=wide),
+        Site(f"{at}/embeddings/position_embeddings/embedding", "embedding_other", width=wide),
+        Site(f"{at}/embeddings/LayerNorm/scale", "norm", width=wide),
     ]
+    if wide != d:
+        rows.append(Site(f"{at}/embeddings_project/kernel", "projection", width=d))
     for i in range(c.num_hidden_layers):
-        at = f"bert/encoder/layer_{i}"
+        layer = f"{at}/encoder/layer_{i}"
         rows += [
-            Site(at, "block", i, d),
-            Site(f"{at}/attention/self", "attention", i, d, heads),
-            *(Site(f"{at}/attention/self/{k}/kernel", k, i, d) for k in ("query", "key", "value")),
-            Site(f"{at}/attention/output/dense/kernel", "attention_out", i, d),
-            Site(f"{at}/attention/output/LayerNorm/scale", "norm", i, d),
-            Site(f"{at}/intermediate/dense/kernel", "mlp_in", i, ff),
-            Site(f"{at}/output/dense/kernel", "mlp_out", i, d),
-            Site(f"{at}/output/LayerNorm/scale", "norm", i, d),
+            Site(layer, "block", i, d),
+            Site(f"{layer}/attention/self", "attention", i, d, heads),
+            *(Site(f"{layer}/attention/self/{k}/kernel", k, i, d) for k in ("query", "key", "value")),
+            Site(f"{layer}/attention/output/dense/kernel", "attention_out", i, d),
+            Site(f"{layer}/attention/output/LayerNorm/scale", "norm", i, d),
+            Site(f"{layer}/intermediate/dense/kernel", "mlp_in", i, ff),
+            Site(f"{layer}/output/dense/kernel", "mlp_out", i, d),
+            Site(f"{layer}/output/LayerNorm/scale", "norm", i, d),
         ]
-    rows.append(Site("bert/pooler/dense/kernel", "pooler", width=d))
-    if head == "classification":
+    if pools:
+        rows.append(Site(f"{at}/pooler/dense/kernel", "pooler", width=d))
+    if head == "classification" and act is None:
         rows.append(Site("classifier/kernel", "head", width=c.num_labels))
+    elif head == "classification":
+        rows.append(Site("classifier/dense/kernel", "head", width=d))
+        rows.append(Site("classifier/out_proj/kernel", "head", width=c.num_labels))
     return tuple(rows)
 
 
-def _check(c: Config) -> None:
+def check(c: Any) -> None:
+    """Raises for a config that the blocks cannot honour."""
     if c.hidden_size % c.num_attention_heads:
         raise ValueError(f"hidden_size {c.hidden_size} does not divide into {c.num_attention_heads} attention heads")
     activation(c.hidden_act)
 
 
+RENAMES = ((r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias"))
+FIXED = {"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"}
 FAMILY = Family(
     name="bert",
     config=Config,
@@ -243,8 +307,8 @@ FAMILY = Family(
     base="bert",
     heads={"BertModel": "none", "BertForSequenceClassification": "classification"},
     unused=(r"cls\..*", r"(bert\.)?embeddings\.position_ids", r"classifier\.(weight|bias)"),
-    renames=((r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias")),
-    fixed={"is_decoder": False, "add_cross_attention": False, "position_embedding_type": "absolute"},
-    check=_check,
+    renames=RENAMES,
+    fixed=FIXED,
+    check=check,
     max_length=lambda c: c.max_position_embeddings,
 )
