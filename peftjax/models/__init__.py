@@ -2,8 +2,10 @@
 
 from .base import Family as Family
 from .bert import FAMILY as BERT
+from .bloom import FAMILY as BLOOM
 from .gpt2 import FAMILY as GPT2
+from .gpt_neox import FAMILY as GPT_NEOX
 from .llama import FAMILY as LLAMA
 from .t5 import FAMILY as T5, MT5
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, GPT2, LLAMA, T5, MT5)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, BLOOM, GPT2, GPT_NEOX, LLAMA, T5, MT5)}
