@@ -125,9 +125,7 @@ def sites(c: Config, head: str) -> tuple[Site, ...]:
 
 def _check(c: Config) -> None:
     if c.hidden_size % c.num_attention_heads:
-        raise ValueError(
-            f"hidden_size {c.hidden_size} does not divide into {c.num_attention_heads} attention heads"
-        )
+        raise ValueError(f"hidden_size {c.hidden_size} does not divide into {c.num_attention_heads} attention heads")
     rope, dim = turning(c)
     if dim < 2 or dim % 2:
         raise ValueError(
