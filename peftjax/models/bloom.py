@@ -48,10 +48,10 @@ def slopes(heads: int) -> np.ndarray:
 
 
 def alibi(heads: int, positions: jax.Array, extra: int) -> jax.Array:
-    """The bias slope · position of each key, (batch, heads, 1, extra + keys), in float32.
+    """The bias slope · position of each key, (batch, heads, 1, extra + keys).
 
     The slope times the distance from a query, as in the paper, differs from it by a number for each query, which the
-    softmax drops.
+    softmax drops. It is float32; transformers rounds it to the activations' dtype, in bfloat16 to 8 bits.
 
     Args:
       positions: (batch, keys), of the keys among the tokens of their text.
@@ -98,9 +98,9 @@ class Base(nn.Module):
 
     @nn.compact
     def __call__(self, input_ids, attention_mask, positions, cache, deterministic, continued, segments):
-        """`positions` count for packed texts alone: else a key's is the number of tokens before it, as in transformers.
+        """`positions` are read of packed texts only; else a key's is the number of tokens before it, as in transformers.
 
-        The two differ where a prompt is before padding on the left, or where a row's positions are told apart by slots.
+        So padding on the left does not come between a prompt and its text.
         """
         c = self.config
         x = self.word_embeddings(input_ids, attention_mask if segments is None else segments)
