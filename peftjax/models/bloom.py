@@ -98,7 +98,7 @@ class Base(nn.Module):
 
     @nn.compact
     def __call__(self, input_ids, attention_mask, positions, cache, deterministic, continued, segments):
-        """`positions` are read of packed texts only; else a key's is the number of tokens before it, as in transformers.
+        """`positions` are read of packed texts only; else a key's counts the tokens before it, as in transformers.
 
         So padding on the left does not come between a prompt and its text.
         """
