@@ -169,7 +169,7 @@ def load(
     if labels is not None:
         _set_labels(hf_config, labels)
     model, files = _describe(hf_config, task, dtype, remat, folder), _tensor_files(folder)
-    if model.family.unties and any(s.tied for s in model.sites) and _other_table(model, "lm_head.weight", files):
+    if model.family.unties and any(s.tied for s in model.sites) and _other_table(model, model.family.unembed, files):
         hf_config.tie_word_embeddings = False
         model = _describe(hf_config, task, dtype, remat, folder)
     params, missing = _read_params(model, files, fresh_head, param_dtype, quantize)
@@ -309,6 +309,8 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
     tensors = {}
     for path, x in merged.items():
         array = np.asarray(x if param_dtype is None else x.astype(param_dtype))
+        order = model.family.order(model.config, path)
+        array = array if order is None else array[..., np.argsort(order)]
         array = array.T if model.family.transposed(path) else array
         name = model.family.tensor(path)
         if model.module.head in model.family.bare:
@@ -486,7 +488,7 @@ def _read_params(
     expected = {family.tensor(path): path for path in shapes}
     heads = {s.module for s in model.sites if s.kind == "head"}
     optional = {p for p in shapes if p.rpartition("/")[0] in heads}
-    tied_name = "lm_head.weight" if any(s.tied for s in model.sites) else None
+    tied_name = family.unembed if any(s.tied for s in model.sites) else None
     names = [name for name, _ in _tensors(files)]
     bare = not any(n.startswith(family.base + ".") for n in names)
     found, extra, wrong = {}, [], {}
@@ -512,6 +514,8 @@ def _read_params(
             else:
                 x = f.get_tensor(name)
                 x = x.T if family.transposed(path) else x
+                order = family.order(model.config, path)
+                x = x if order is None else x[..., order]
                 if quantize is not None and path in coded:
                     x = quantization.quantize_at(coded[path], x.astype(jnp.float32), quantize, dtype)
                     x = jax.block_until_ready(x)  # else the next tensor is read while this one is still in memory

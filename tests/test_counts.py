@@ -165,6 +165,7 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
     "t5-v1.1-lm100k-xxl": lambda: t5(24, 4096, 64, 10240),
     "t0-3b": lambda: t5(24, 2048, 32, 5120),
     "t0-11b (T5-XXL LM-adapted)": lambda: t5(24, 4096, 64, 10240),
+    "bigscience/bloomz-560m": lambda: transformers.BloomConfig(hidden_size=1024, n_layer=24, n_head=16),
     "mt0-large": lambda: t5(24, 1024, 16, 2816, transformers.MT5Config, 250112),
 }
 
@@ -174,7 +175,6 @@ STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
     "deberta-v2-xxlarge": (lambda: bert_cased(48, 1536, 24), "queries and values are BERT's"),
     "facebook/opt-350m": (lambda: bert_cased(24, 1024, 16), "24 layers of queries and values, 1024 x 1024"),
     "gpt3-175b": (lambda: gpt2_of(96, 12288, 96), "GPT-2's blocks and width; its sparse attention has no parameters"),
-    "bigscience/bloomz-560m": (lambda: gpt2_of(24, 1024, 16), "24 layers of 16 heads of 64, and the width"),
     "Qwen/Qwen2.5-3B-Instruct": (
         lambda: llama_of(36, 2048, 16, kv=2, ff=11008),
         "queries and values; their biases are no part of the adapter",
@@ -183,6 +183,7 @@ STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
 TASK = {
     "bert": "encoder",
     "roberta": "encoder",
+    "bloom": "causal-lm",
     "gpt2": "causal-lm",
     "llama": "causal-lm",
     "t5": "seq2seq",

@@ -136,7 +136,7 @@ def test_config_that_is_no_json(tmp_path):
         hub.load(tmp_path)
 
 
-@pytest.mark.parametrize("model_type", ["gpt_neox", None])
+@pytest.mark.parametrize("model_type", ["gptj", None])
 def test_unknown_model_type(tmp_path, model_type):
     edit(saved(tmp_path), model_type=model_type)
     with pytest.raises(

@@ -113,6 +113,32 @@ def gpt2() -> hub.Model:
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 
 
+def bloom() -> hub.Model:
+    """Its MLP is four times as wide as the model, whatever the config says."""
+    config = transformers.BloomConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        initializer_range=0.3,
+    )
+    return _noisy(hub.from_config(config, "classification", labels=LABELS))
+
+
+def gpt_neox() -> hub.Model:
+    config = transformers.GPTNeoXConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=FF,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5},
+        initializer_range=0.3,
+    )
+    return _noisy(hub.from_config(config, "classification", labels=LABELS))
+
+
 def t5() -> hub.Model:
     """With biases, which T5 has none of, beside all linear layers, for the methods on biases."""
     config = transformers.T5Config(
@@ -159,6 +185,8 @@ FAMILIES = {
     "electra": electra,
     "gpt2": gpt2,
     "t5": t5,
+    "bloom": bloom,
+    "gpt_neox": gpt_neox,
 }
 
 
@@ -231,6 +259,25 @@ SIZES = {
         blocks=LAYERS * (3 * (4 * T5_INNER * D + 3 * T5_INNER + D) + 2 * (2 * (D + 1) * FF + (FF + 1) * D) + 5 * D),
     ),
     "gpt2": Sizes(
+        kv=D,
+        biases=LAYERS * (3 * D + D + FF + D + 2 * D) + D,
+        head=D * LABELS,
+        mlp_in=1,
+        attention=4 * D + 2 * D,  # q k v are one
+        norms=(2 * LAYERS + 1) * 2 * D,
+        blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
+    ),
+    "bloom": Sizes(
+        kv=D,
+        biases=LAYERS * (3 * D + D + 4 * D + D + 2 * D) + 2 * D,  # the embeddings' norm, the last one
+        head=D * LABELS,
+        mlp_in=1,
+        attention=4 * D + 2 * D,  # q k v are one
+        norms=(2 * LAYERS + 2) * 2 * D,
+        blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * 4 * D + (4 * D + 1) * D),
+        ff=4 * D,
+    ),
+    "gpt_neox": Sizes(
         kv=D,
         biases=LAYERS * (3 * D + D + FF + D + 2 * D) + D,
         head=D * LABELS,

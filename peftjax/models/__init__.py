@@ -2,10 +2,26 @@
 
 from .base import Family as Family
 from .bert import FAMILY as BERT
+from .bloom import FAMILY as BLOOM
 from .electra import FAMILY as ELECTRA
 from .gpt2 import FAMILY as GPT2
+from .gpt_neox import FAMILY as GPT_NEOX
 from .llama import FAMILY as LLAMA
 from .roberta import FAMILY as ROBERTA, XLM as XLM_ROBERTA
 from .t5 import FAMILY as T5, MT5
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, ELECTRA, GPT2, LLAMA, ROBERTA, XLM_ROBERTA, T5, MT5)}
+FAMILIES: dict[str, Family] = {
+    f.name: f
+    for f in (
+        BERT,
+        BLOOM,
+        ELECTRA,
+        GPT2,
+        GPT_NEOX,
+        LLAMA,
+        ROBERTA,
+        XLM_ROBERTA,
+        T5,
+        MT5,
+    )
+}

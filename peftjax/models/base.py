@@ -46,6 +46,11 @@ class Family(NamedTuple):
       copies: patterns of names under which files may hold the embedding once more.
       unties: whether a head in the file that differs from the embedding counts, though the config ties them.
       places: (pattern, replacement) where a path here is another in Hugging Face's modules.
+      order: (config, path) -> where the file's output columns, of a matrix already (inputs, outputs) or of a bias, hold
+        those here, or None where they are the same: `here = file[..., order]`. Files of fused products that go head by
+        head become query | key | value, so that each is a slice (`Site.parts`). A Hugging Face adapter's `b` on such a
+        product has the file's columns too: read it through `order`, and write it through the inverse.
+      unembed: the file's name of a head that is not tied.
     """
 
     name: str
@@ -69,6 +74,8 @@ class Family(NamedTuple):
     copies: tuple[str, ...] = ()
     unties: bool = False
     places: tuple[tuple[str, str], ...] = ()
+    order: Callable[[Any, str], Any] = lambda config, path: None
+    unembed: str = "lm_head.weight"
 
     def tensor(self, path: str) -> str:
         """The name of a parameter in Hugging Face files, with the base's name."""
