@@ -138,6 +138,7 @@ class Layer(nn.Module):
         def norm(name):
             return RMSNorm(c.rms_norm_eps, name=name)
 
+        assert context.mask is not None  # an encoder's may be
         seen = context._replace(mask=window(context.mask, context.index, size))
         h = norm("input_layernorm")(x)
         y, cache = Attention(c, name="self_attn")(h, cache, seen, cos[turn], sin[turn])
@@ -169,7 +170,7 @@ class Base(nn.Module):
         x, attention_mask, positions, n = begin(self, x, attention_mask, positions, cache, continued=continued)
         positions = hook(self, "shift", positions, x=input_ids, context=None)
         context, cache = causal_context(attention_mask, positions, cache, deterministic, segments)
-        sliding = np.array([kind == SLIDING for kind in c.layer_types])
+        sliding = np.array([kind == SLIDING for kind in c.layer_types], bool)
         sizes = jnp.asarray(np.where(sliding, c.sliding_window or 0, EVERYTHING), jnp.int32)
         ropes = _ropes(c)
         turns = jnp.asarray(sliding & (len(ropes) > 1), jnp.int32)
