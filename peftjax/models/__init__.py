@@ -4,6 +4,7 @@ from .base import Family as Family
 from .bert import FAMILY as BERT
 from .bloom import FAMILY as BLOOM
 from .electra import FAMILY as ELECTRA
+from .gemma import GEMMA2, GEMMA3
 from .gpt2 import FAMILY as GPT2
 from .gpt_neox import FAMILY as GPT_NEOX
 from .llama import FAMILY as LLAMA
@@ -16,6 +17,8 @@ FAMILIES: dict[str, Family] = {
         BERT,
         BLOOM,
         ELECTRA,
+        GEMMA2,
+        GEMMA3,
         GPT2,
         GPT_NEOX,
         LLAMA,
