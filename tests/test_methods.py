@@ -66,6 +66,38 @@ def llama() -> hub.Model:
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 
 
+def mistral() -> hub.Model:
+    """All layers slide; with biases, which Mistral has none of, for the methods on biases."""
+    return _llama_like(transformers.MistralConfig, sliding_window=3)
+
+
+def qwen2() -> hub.Model:
+    """The last layer slides; with biases beside all linear layers."""
+    return _llama_like(transformers.Qwen2Config, use_sliding_window=True, sliding_window=3, max_window_layers=1)
+
+
+def qwen3() -> hub.Model:
+    """The first layer slides; with biases beside all linear layers."""
+    types = ["sliding_attention", "full_attention"]
+    slides = {"use_sliding_window": True, "sliding_window": 3, "layer_types": types}
+    return _llama_like(transformers.Qwen3Config, **slides, head_dim=SIZE, attention_bias=True)
+
+
+def _llama_like(config, **changes) -> hub.Model:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": D,
+        "intermediate_size": FF,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    model = hub.from_config(config(**sizes | changes), "classification", labels=LABELS)
+    return _noisy(model._replace(params=materialized(bitfit(create=True), model)))
+
+
 def bert() -> hub.Model:
     config = transformers.BertConfig(
         vocab_size=VOCAB,
@@ -140,6 +172,9 @@ FAMILIES = {
     "bert": bert,
     "gpt2": gpt2,
     "t5": t5,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
 }
 
 
@@ -194,6 +229,13 @@ SIZES = {
         attention=4 * D + 2 * D,  # q k v are one
         norms=(2 * LAYERS + 1) * 2 * D,
         blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
+    ),
+}
+SIZES |= {
+    "mistral": SIZES["llama"],
+    "qwen2": SIZES["llama"],
+    "qwen3": SIZES["llama"]._replace(  # norms of queries and keys
+        norms=SIZES["llama"].norms + LAYERS * 2 * SIZE, blocks=SIZES["llama"].blocks + LAYERS * 2 * SIZE
     ),
 }
 

@@ -1,5 +1,6 @@
 """Tiny models in Hugging Face folders and small data sets, made here: quick, and without the shared folder."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,12 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
     if family == "gpt2":
         return transformers.GPT2Config(n_inner=sizes.pop("intermediate_size"), **sizes | ends | changes)
     sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
-    return transformers.LlamaConfig(**sizes | ends | changes)
+    relatives = {
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": functools.partial(transformers.Qwen3Config, head_dim=WIDTH // 4),
+    }
+    return relatives.get(family, transformers.LlamaConfig)(**sizes | ends | changes)
 
 
 def folder(at: Path, family: str, seed: int = 0, **changes) -> Path:

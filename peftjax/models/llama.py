@@ -125,11 +125,11 @@ class Layer(nn.Module):
     design: Design
 
     @nn.compact
-    def __call__(self, x, cache, context: Context, slides, near, cos, sin):
-        """`near`: the mask of a layer that slides; None where none does."""
+    def __call__(self, x, cache, context: Context, slides, masks, cos, sin):
+        """`masks`: of a layer that slides and of one that does not; None where none slides."""
         c, d = self.config, self.design
-        if near is not None:
-            context = context._replace(mask=jnp.where(slides, near, context.mask))
+        if masks is not None:
+            context = context._replace(mask=jnp.where(slides, *masks))
         h = RMSNorm(c.rms_norm_eps, name="input_layernorm")(x)
         y, cache = Attention(c, d, name="self_attn")(h, cache, context, cos, sin)
         x = x + hook(self, "attention_output", y, x=h, context=context)
@@ -159,7 +159,8 @@ class Base(nn.Module):
         x, attention_mask, positions, n = begin(self, x, attention_mask, positions, cache, continued=continued)
         positions = hook(self, "shift", positions, x=input_ids, context=None)
         context, cache = causal_context(attention_mask, positions, cache, deterministic, segments)
-        near = window(context.mask, d.window) if d.window and any(d.slides) else None
+        assert context.mask is not None  # `causal_context` gives one
+        masks = (window(context.mask, d.window), context.mask) if d.window and any(d.slides) else None
         angles = rope_angles(c.rope_parameters, d.size, c.max_position_embeddings, positions)
 
         def block(name):
@@ -167,7 +168,7 @@ class Base(nn.Module):
 
         slides = jnp.array(d.slides or (False,) * c.num_hidden_layers)
         layers = None if cache is None else cache.layers
-        args = (near, *angles)
+        args = (masks, *angles)
         x, layers = run_blocks(
             self, block, "layers", c.num_hidden_layers, x, context, layers, *args, each=(slides,), remat=self.remat
         )
