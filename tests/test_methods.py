@@ -67,8 +67,8 @@ def llama() -> hub.Model:
 
 
 def mistral() -> hub.Model:
-    """All layers slide; with biases, which Mistral has none of, for the methods on biases."""
-    return _llama_like(transformers.MistralConfig, sliding_window=3)
+    """All layers slide, and a prompt reaches the last token; with biases, which Mistral has none of, beside all."""
+    return _llama_like(transformers.MistralConfig, sliding_window=6)
 
 
 def qwen2() -> hub.Model:

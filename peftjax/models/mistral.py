@@ -1,6 +1,7 @@
 """Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama's blocks, in which a token may see the last few tokens only.
 
-The virtual keys of a prefix are seen from everywhere; the virtual tokens of a prompt are as far away as others.
+The virtual keys of a prefix are seen from everywhere. The virtual tokens of a prompt are tokens as others: through n
+layers they reach n · (window - 1) tokens.
 """
 
 from typing import NamedTuple
