@@ -155,7 +155,15 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
     "llama-2-7b": lambda: llama_of(32, 4096, 32, ff=11008, vocabulary=32000),
     "llama-13b": lambda: llama_of(40, 5120, 40, ff=13824, vocabulary=32000),
     "llama-3-8b": lambda: llama_of(32, 4096, 32, kv=8, ff=14336, vocabulary=128256),
-    "mistral-7b": lambda: llama_of(32, 4096, 32, kv=8, ff=14336, vocabulary=32000),  # Llama's parameters, all of them
+    "mistral-7b": transformers.MistralConfig,
+    "Qwen/Qwen2.5-3B-Instruct": lambda: transformers.Qwen2Config(
+        hidden_size=2048,
+        intermediate_size=11008,
+        num_hidden_layers=36,
+        num_attention_heads=16,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
+    ),
     "t5-base": lambda: t5(12, 768, 12, 3072, first=True),
     "t5-large": lambda: t5(24, 1024, 16, 4096, first=True),
     "t5-v1.1-lm100k-small": lambda: t5(8, 512, 6, 1024),
@@ -175,20 +183,8 @@ STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
     "deberta-v2-xxlarge": (lambda: bert_cased(48, 1536, 24), "queries and values are BERT's"),
     "facebook/opt-350m": (lambda: bert_cased(24, 1024, 16), "24 layers of queries and values, 1024 x 1024"),
     "gpt3-175b": (lambda: gpt2_of(96, 12288, 96), "GPT-2's blocks and width; its sparse attention has no parameters"),
-    "Qwen/Qwen2.5-3B-Instruct": (
-        lambda: llama_of(36, 2048, 16, kv=2, ff=11008),
-        "queries and values; their biases are no part of the adapter",
-    ),
 }
-TASK = {
-    "bert": "encoder",
-    "roberta": "encoder",
-    "bloom": "causal-lm",
-    "gpt2": "causal-lm",
-    "llama": "causal-lm",
-    "t5": "seq2seq",
-    "mt5": "seq2seq",
-}
+TASK = {"bert": "encoder", "roberta": "encoder", "t5": "seq2seq", "mt5": "seq2seq"}  # of others: a language model
 
 
 class Case(NamedTuple):
@@ -363,7 +359,7 @@ MADE: dict[tuple, hub.Model] = {}
 def abstract(name: str, task: str | None, labels: int | None) -> hub.Model:
     """The model's shapes, made once for all names whose configs say the same."""
     config = (MODELS.get(name) or STANDS_IN[name][0])()
-    task = task or TASK[config.model_type]
+    task = task or TASK.get(config.model_type, "causal-lm")
     key = config.to_json_string(), task, labels
     if key not in MADE:
         MADE[key] = hub.from_config(config, task, labels=labels, seed=None)

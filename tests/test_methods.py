@@ -80,6 +80,38 @@ ENCODER = {
 }
 
 
+def mistral() -> hub.Model:
+    """All layers slide, and a prompt reaches the last token; with biases, which Mistral has none of, beside all."""
+    return _llama_like(transformers.MistralConfig, sliding_window=6)
+
+
+def qwen2() -> hub.Model:
+    """The last layer slides; with biases beside all linear layers."""
+    return _llama_like(transformers.Qwen2Config, use_sliding_window=True, sliding_window=3, max_window_layers=1)
+
+
+def qwen3() -> hub.Model:
+    """The first layer slides; with biases beside all linear layers."""
+    types = ["sliding_attention", "full_attention"]
+    slides = {"use_sliding_window": True, "sliding_window": 3, "layer_types": types}
+    return _llama_like(transformers.Qwen3Config, **slides, head_dim=SIZE, attention_bias=True)
+
+
+def _llama_like(config, **changes) -> hub.Model:
+    sizes = {
+        "vocab_size": VOCAB,
+        "hidden_size": D,
+        "intermediate_size": FF,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.3,
+    }
+    model = hub.from_config(config(**sizes | changes), "classification", labels=LABELS)
+    return _noisy(model._replace(params=materialized(bitfit(create=True), model)))
+
+
 def bert() -> hub.Model:
     return _noisy(hub.from_config(transformers.BertConfig(**ENCODER), "classification", labels=LABELS))
 
@@ -220,6 +252,9 @@ FAMILIES = {
     "gpt_neox": gpt_neox,
     "gemma2": gemma2,
     "gemma3_text": gemma3,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
 }
 
 
@@ -325,6 +360,13 @@ SIZES["gemma2"] = SIZES["llama"]._replace(norms=(4 * LAYERS + 1) * D, blocks=SIZ
 SIZES["gemma3_text"] = SIZES["gemma2"]._replace(
     norms=SIZES["gemma2"].norms + LAYERS * 2 * SIZE, blocks=SIZES["gemma2"].blocks + LAYERS * 2 * SIZE
 )
+SIZES |= {
+    "mistral": SIZES["llama"],
+    "qwen2": SIZES["llama"],
+    "qwen3": SIZES["llama"]._replace(  # norms of queries and keys
+        norms=SIZES["llama"].norms + LAYERS * 2 * SIZE, blocks=SIZES["llama"].blocks + LAYERS * 2 * SIZE
+    ),
+}
 
 
 class Case(NamedTuple):

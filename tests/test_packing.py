@@ -30,6 +30,7 @@ METHODS = {
     "p_tuning": p_tuning(2, encoder="mlp", hidden=4),
 }
 DROP = {"gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}, "llama": {}}
+DROP["mistral"] = {"sliding_window": 4}  # less than the rows, so that a prompt's distance matters
 
 
 def texts(n=11, seed=0) -> list[Example]:

@@ -1,5 +1,6 @@
 """Tiny models in Hugging Face folders and small data sets, made here: quick, and without the shared folder."""
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,12 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
             return transformers.Gemma2Config(**sizes | ends | changes)
         return transformers.Gemma3TextConfig(**sizes | {"sliding_window_pattern": 2} | ends | changes)
     sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
-    return transformers.LlamaConfig(**sizes | ends | changes)
+    relatives = {
+        "mistral": transformers.MistralConfig,
+        "qwen2": transformers.Qwen2Config,
+        "qwen3": functools.partial(transformers.Qwen3Config, head_dim=WIDTH // 4),
+    }
+    return relatives.get(family, transformers.LlamaConfig)(**sizes | ends | changes)
 
 
 def folder(at: Path, family: str, seed: int = 0, **changes) -> Path:

@@ -8,6 +8,9 @@ from .gemma import GEMMA2, GEMMA3
 from .gpt2 import FAMILY as GPT2
 from .gpt_neox import FAMILY as GPT_NEOX
 from .llama import FAMILY as LLAMA
+from .mistral import FAMILY as MISTRAL
+from .qwen2 import FAMILY as QWEN2
+from .qwen3 import FAMILY as QWEN3
 from .roberta import FAMILY as ROBERTA, XLM as XLM_ROBERTA
 from .t5 import FAMILY as T5, MT5
 
@@ -22,6 +25,9 @@ FAMILIES: dict[str, Family] = {
         GPT2,
         GPT_NEOX,
         LLAMA,
+        MISTRAL,
+        QWEN2,
+        QWEN3,
         ROBERTA,
         XLM_ROBERTA,
         T5,

@@ -249,14 +249,15 @@ def causal_mask(attention_mask: jax.Array) -> jax.Array:
     return attention_mask[:, None, None, :].astype(bool) & jnp.tril(jnp.ones((t, t), bool))[None, None]
 
 
-def window(mask: jax.Array, index: jax.Array | None, size: int) -> jax.Array:
-    """The mask (batch or 1, 1, queries, keys) with what is `size` or more slots before a query hidden as well.
+def window(mask: jax.Array, size: int) -> jax.Array:
+    """The mask (batch or 1, 1, queries, keys), but of the keys that a query sees only the last `size`.
 
-    Args:
-      index: the slot of the first query: a context's `index`; None: 0.
+    What is hidden already, padding or another text of a packed row, takes no room, so a text and the virtual tokens
+    before it are as far apart wherever they stand.
     """
-    rows = jnp.arange(mask.shape[2]) + (0 if index is None else index)
-    return mask & (jnp.arange(mask.shape[3])[None, :] > rows[:, None] - size)
+    if mask.shape[-1] <= size:
+        return mask
+    return mask & (jax.lax.cumsum(mask.astype(jnp.int32), axis=3, reverse=True) <= size)
 
 
 def last_token(hidden: jax.Array, mask: jax.Array) -> jax.Array:
