@@ -2,8 +2,9 @@
 
 from .base import Family as Family
 from .bert import FAMILY as BERT
+from .deberta import FAMILY as DEBERTA
 from .gpt2 import FAMILY as GPT2
 from .llama import FAMILY as LLAMA
 from .t5 import FAMILY as T5, MT5
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, GPT2, LLAMA, T5, MT5)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, DEBERTA, GPT2, LLAMA, T5, MT5)}
