@@ -418,6 +418,11 @@ def _check(c: Config) -> None:
         raise ValueError(f"pos_att_type has {unknown}, which are not supported; supported are {list(TERMS)}")
     if unknown := sorted(set(_parts(c.norm_rel_ebd)) - {"layer_norm", "none"}):
         raise ValueError(f"norm_rel_ebd has {unknown}, which are not supported; supported are 'layer_norm' and 'none'")
+    if c.norms_positions and not c.relative_attention:
+        raise ValueError(
+            f"norm_rel_ebd={c.norm_rel_ebd!r} is the norm of relative positions, which relative_attention=False has "
+            "none of; supported with it is 'none'"
+        )
     if c.position_buckets > 0 and not 1 <= c.position_buckets // 2 < c.furthest - 1:
         raise ValueError(
             f"position_buckets {c.position_buckets} must be 2 or more, and less than twice the largest distance "
