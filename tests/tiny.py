@@ -47,13 +47,8 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
     if family == "bert":
         return transformers.BertConfig(**sizes | changes)
     if family == "deberta":
-        own: dict[str, Any] = {
-            "relative_attention": True,
-            "position_buckets": 6,
-            "pos_att_type": "p2c|c2p",
-            "share_att_key": True,
-        }
-        own |= {"norm_rel_ebd": "layer_norm", "position_biased_input": False}
+        own: dict[str, Any] = {"relative_attention": True, "position_buckets": 6, "pos_att_type": "p2c|c2p"}
+        own |= {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
         return transformers.DebertaV2Config(**sizes | own | changes)
     ends: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     if family == "t5":
