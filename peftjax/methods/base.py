@@ -39,7 +39,8 @@ class Site(NamedTuple):
       path: of the weight, or of the module for the kinds 'attention', 'block', 'positions' and 'input'.
       kind: 'query', 'key', 'value', 'fused_qkv', 'attention_out', 'mlp_in', 'mlp_out', 'embedding',
         'embedding_other' (types, learned positions), 'head' (of a task), 'lm_head', 'norm', 'attention', 'block',
-        'positions' (where they are counted), 'input' (where the text is embedded), 'pooler'.
+        'positions' (where they are counted), 'input' (where the text is embedded), 'pooler', 'embedding_projection'
+        (from narrower embeddings), 'convolution', 'position_key', 'position_query' (of relative positions).
       layer: index of the layer, or None outside the stack.
       width: features of the site's output.
       heads: (query heads, key/value heads, head size) at attention sites.

@@ -233,8 +233,8 @@ class Conv1d(nn.Module):
 class Conv(nn.Module):
     """The n-grams of version 2's larger models: the embedded text, convolved, joins the first block's output.
 
-    The sum and its norm are the block's: so all blocks are alike, and a scan over them has no first one apart. It
-    computes a norm more in each of the others; in the per-layer layout the compiler knows that nobody reads it.
+    The sum and its norm are the block's, chosen by a flag: so all blocks are alike, and a scan over them has no first
+    one apart. The price is a norm more in each of the others; the per-layer layout pays it for gradients only.
     """
 
     config: Config
@@ -243,13 +243,11 @@ class Conv(nn.Module):
     def __call__(self, x, mask, deterministic):
         """-> what to add, 1 at tokens and 0 at padding, and the parameters of the sum's norm."""
         c = self.config
-        real = mask[..., None].astype(x.dtype)
-        y = Conv1d(c, name="conv")(x) * real
-        y = nn.Dropout(c.hidden_dropout_prob)(y, deterministic=deterministic)
+        y = nn.Dropout(c.hidden_dropout_prob)(Conv1d(c, name="conv")(x), deterministic=deterministic)
         y = activation(c.conv_act)(y)
         if self.is_initializing():
             LayerNorm(c.layer_norm_eps, name="LayerNorm")(y)
-        return y, real, self.get_variable("params", "LayerNorm")
+        return y, mask[..., None].astype(y.dtype), self.get_variable("params", "LayerNorm")
 
 
 class Encoder(nn.Module):
@@ -266,7 +264,7 @@ class Encoder(nn.Module):
         context = Context(seen, positions, deterministic=deterministic)
         if c.relative_attention:
             rows = Embed(2 * c.span, c.hidden_size, self.dtype, c.initializer_range, name="rel_embeddings")
-            table = rows(jnp.arange(2 * c.span), context)
+            table = rows(jnp.arange(2 * c.span))
             table = LayerNorm(c.layer_norm_eps, name="LayerNorm")(table) if c.norms_positions else table
         mixed = Conv(c, name="conv")(x, mask, deterministic) if c.conv_kernel_size else None
 
@@ -274,7 +272,7 @@ class Encoder(nn.Module):
             return Layer(c, name=name)
 
         n = c.num_hidden_layers
-        each = (jnp.arange(n) == 0,)
+        each = (np.arange(n) == 0,)  # numpy's: a constant to the compiler, which drops what it hides
         x, _ = run_blocks(self, block, "layer", n, x, context, None, table, mixed, each=each, remat=self.remat)
         return x
 
