@@ -180,10 +180,11 @@ def prepare(
         if encoded.truncated:
             notes.append(f"{encoded.truncated} of {len(encoded.examples)} {what} texts cut to {most} tokens")
         notes.extend(f"{what} texts: {note}" for note in encoded.notes)
-        _check_ids(encoded.examples, model, model_name)
-        if "type_vocab_size" not in model.config._fields:  # some tokenizers give token types to models without
-            return [e._replace(type_ids=None) for e in encoded.examples]
-        return encoded.examples
+        examples = encoded.examples
+        if not getattr(model.config, "type_vocab_size", 0):  # some tokenizers give token types to models without
+            examples = [e._replace(type_ids=None) for e in examples]
+        _check_ids(examples, model, model_name)
+        return examples
 
     train = encode(rows, "training") if rows else []
     dev = encode(dev_rows, "dev" if need_train else eval_split)
@@ -238,7 +239,7 @@ def _check_ids(examples: list[data.Example], model: Model, name: str) -> None:
     c = model.config
     tables = {
         "token ids": (c.vocab_size, "input_ids"),
-        "token types": (getattr(c, "type_vocab_size", None), "type_ids"),
+        "token types": (getattr(c, "type_vocab_size", None) or None, "type_ids"),
         "token ids of completions": (c.vocab_size, "target_ids"),
     }
     for what, (rows, field) in tables.items():

@@ -82,6 +82,23 @@ def gpt2_of(layers, width, heads):
     return transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
 
 
+def deberta(layers, width, heads, **more):
+    """As versions 2 and 3 have it: relative positions only, in 256 buckets, projected as contents are."""
+    return transformers.DebertaV2Config(
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        intermediate_size=4 * width,
+        relative_attention=True,
+        position_buckets=256,
+        pos_att_type="p2c|c2p",
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+        **more,
+    )
+
+
 # By formula
 
 
@@ -105,6 +122,9 @@ COUNTS = {  # as published, and as counted independently in the survey's tables
     "fishmask": (bert_cased(24, 1024, 16), chain(fishmask(), head()), "classification", 1_667_906),
     "head": (bert_cased(), head(), "classification", 768 * 2 + 2),
     "full": (bert_cased(), full(), "encoder", 108_310_272),
+    # Zhang et al. 2023, table 1, of DeBERTa-v3-base: 184M, and 0.1M with BitFit
+    "full, deberta": (deberta(12, 768, 12), full(), "encoder", 183_831_552),
+    "bitfit, deberta": (deberta(12, 768, 12), bitfit(), "encoder", 102_912),
 }
 
 
@@ -149,6 +169,8 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
     "bert-large-uncased": lambda: bert_cased(24, 1024, 16, 30522),
     "roberta-base": roberta,
     "roberta-large": lambda: roberta(24, 1024, 16),
+    "deberta-v3-base": lambda: deberta(12, 768, 12),
+    "deberta-v2-xxlarge": lambda: deberta(48, 1536, 24, conv_kernel_size=3, conv_act="gelu", attention_head_size=64),
     "gpt2-medium": lambda: gpt2_of(24, 1024, 16),
     "gpt2-large": lambda: gpt2_of(36, 1280, 20),
     "llama-7b": lambda: llama_of(32, 4096, 32, ff=11008, vocabulary=32000),
@@ -179,12 +201,16 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
 
 # Where the family is not here, one with the same shapes in all that the rows count: name -> (config, what is the same).
 STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
-    "deberta-v3-base": (bert_cased, "the six matrices of a layer are BERT's"),
-    "deberta-v2-xxlarge": (lambda: bert_cased(48, 1536, 24), "queries and values are BERT's"),
     "facebook/opt-350m": (lambda: bert_cased(24, 1024, 16), "24 layers of queries and values, 1024 x 1024"),
     "gpt3-175b": (lambda: gpt2_of(96, 12288, 96), "GPT-2's blocks and width; its sparse attention has no parameters"),
 }
-TASK = {"bert": "encoder", "roberta": "encoder", "t5": "seq2seq", "mt5": "seq2seq"}  # of others: a language model
+TASK = {  # of others: a language model
+    "bert": "encoder",
+    "deberta-v2": "encoder",
+    "roberta": "encoder",
+    "t5": "seq2seq",
+    "mt5": "seq2seq",
+}
 
 
 class Case(NamedTuple):

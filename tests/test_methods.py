@@ -129,6 +129,29 @@ def electra() -> hub.Model:
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 
 
+def deberta() -> hub.Model:
+    """With all parts of version 2's larger models: the convolution, and a norm of the relative positions."""
+    config = transformers.DebertaV2Config(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        intermediate_size=FF,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        initializer_range=0.3,
+        relative_attention=True,
+        pos_att_type="p2c|c2p",
+        position_buckets=6,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+        conv_kernel_size=3,
+    )
+    return _noisy(hub.from_config(config, "classification", labels=LABELS))
+
+
 def gpt2() -> hub.Model:
     config = transformers.GPT2Config(
         vocab_size=VOCAB,
@@ -246,6 +269,7 @@ FAMILIES = {
     "roberta": roberta,
     "xlm-roberta": xlm_roberta,
     "electra": electra,
+    "deberta": deberta,
     "gpt2": gpt2,
     "t5": t5,
     "bloom": bloom,
@@ -315,6 +339,16 @@ SIZES = {
         norms=2 * LAYERS * 2 * D + 2 * EMBEDDING,
         blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
         embedding=EMBEDDING,
+    ),
+    # as BERT; the norms of embeddings and of relative positions, the convolution and its norm; the pooler is the head's
+    "deberta": Sizes(
+        kv=D,
+        biases=LAYERS * (4 * D + 2 * D + FF + D) + 4 * D,
+        head=(D + 1) * (D + LABELS),
+        mlp_in=1,
+        attention=8 * D,
+        norms=(2 * LAYERS + 3) * 2 * D,
+        blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
     ),
     # three times as many attention modules as layers, biases beside all that is linear
     "t5": Sizes(
@@ -392,7 +426,7 @@ NAMES = {  # kind of site -> what families call it; `<query>` in a pattern is an
     "mlp_in": "gate_proj|up_proj|intermediate/dense|c_fc|fc1|dense_h_to_4h",
     "mlp_out": r"down_proj|layer_\d+/output/dense|mlp/c_proj|fc2|dense_4h_to_h",
     "embedding": "word_embeddings|embed_tokens|wte|embed_in|shared",
-    "head": "classifier|score|classification_head",
+    "head": "classifier|score|classification_head|pooler",
 }
 
 

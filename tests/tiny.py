@@ -53,9 +53,13 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
         return kind(**sizes | {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | changes)
     if family == "electra":
         return transformers.ElectraConfig(**sizes | {"embedding_size": 12} | changes)
+    if family == "deberta":
+        own: dict[str, Any] = {"relative_attention": True, "position_buckets": 6, "pos_att_type": "p2c|c2p"}
+        own |= {"share_att_key": True, "norm_rel_ebd": "layer_norm", "position_biased_input": False}
+        return transformers.DebertaV2Config(**sizes | own | changes)
     ends: dict[str, Any] = {"bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
     if family == "t5":
-        own: dict[str, Any] = {"d_model": WIDTH, "d_kv": 6, "d_ff": 24, "num_layers": LAYERS, "num_heads": 4}
+        own = {"d_model": WIDTH, "d_kv": 6, "d_ff": 24, "num_layers": LAYERS, "num_heads": 4}
         own |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "initializer_factor": 0.7}
         own |= {"decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0, "vocab_size": sizes["vocab_size"]}
         return transformers.T5Config(**own | changes)
@@ -82,7 +86,9 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
 
 def folder(at: Path, family: str, seed: int = 0, **changes) -> Path:
     """Saves a random model without a task head, tokenizer included; no bias is zero."""
-    model = hub.from_config(config(family, **changes), "encoder" if family in ENCODERS else "generation", seed=seed)
+    made = config(family, **changes)
+    task = "encoder" if hub.FAMILIES[made.model_type].cache_shape is None else "generation"
+    model = hub.from_config(made, task, seed=seed)
     return hub.save(model, roughen(model.params, seed), at, tokenizer())
 
 

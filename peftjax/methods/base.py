@@ -40,7 +40,8 @@ class Site(NamedTuple):
       kind: 'query', 'key', 'value', 'fused_qkv', 'attention_out', 'mlp_in', 'mlp_out', 'embedding',
         'embedding_other' (types, learned positions), 'head' (of a task), 'lm_head', 'norm', 'attention', 'block',
         'positions' (where they are counted), 'input' (where the text is embedded), 'projection' (from the
-        embeddings' width to the blocks'), 'pooler'.
+        embeddings' width to the blocks', or back), 'pooler', 'convolution', 'position_key', 'position_query' (of
+        relative positions).
       layer: index of the layer, or None outside the stack.
       width: features of the site's output.
       heads: (query heads, key/value heads, head size) at attention sites.

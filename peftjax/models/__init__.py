@@ -3,6 +3,7 @@
 from .base import Family as Family
 from .bert import FAMILY as BERT
 from .bloom import FAMILY as BLOOM
+from .deberta import FAMILY as DEBERTA
 from .electra import FAMILY as ELECTRA
 from .gemma import GEMMA2, GEMMA3
 from .gpt2 import FAMILY as GPT2
@@ -19,6 +20,7 @@ FAMILIES: dict[str, Family] = {
     for f in (
         BERT,
         BLOOM,
+        DEBERTA,
         ELECTRA,
         GEMMA2,
         GEMMA3,

@@ -70,7 +70,7 @@ class SelfAttention(nn.Module):
 class Projection(nn.Module):
     """Dense, dropout, the block's hook, residual sum and norm: how both halves of a BERT block end."""
 
-    config: Any
+    config: Any  # BERT's, or of a family with these keys
 
     @nn.compact
     def __call__(self, y, residual, context, after):
@@ -90,7 +90,7 @@ class Attention(nn.Module):
 
 
 class Intermediate(nn.Module):
-    config: Any
+    config: Any  # BERT's, or of a family with these keys
 
     @nn.compact
     def __call__(self, x, context):
