@@ -142,6 +142,14 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
     "llama-13b": lambda: llama_of(40, 5120, 40, ff=13824, vocabulary=32000),
     "llama-3-8b": lambda: llama_of(32, 4096, 32, kv=8, ff=14336, vocabulary=128256),
     "mistral-7b": lambda: llama_of(32, 4096, 32, kv=8, ff=14336, vocabulary=32000),  # Llama's parameters, all of them
+    "facebook/opt-350m": lambda: transformers.OPTConfig(
+        hidden_size=1024,
+        ffn_dim=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        word_embed_proj_dim=512,
+        do_layer_norm_before=False,
+    ),
     "t5-base": lambda: t5(12, 768, 12, 3072, first=True),
     "t5-large": lambda: t5(24, 1024, 16, 4096, first=True),
     "t5-v1.1-lm100k-small": lambda: t5(8, 512, 6, 1024),
@@ -162,7 +170,6 @@ STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
     "head of roberta-large": (lambda: t5(1, 1024, 16, 8), "T5's classifier: dense d x d and out_proj, with biases"),
     "deberta-v3-base": (bert_cased, "the six matrices of a layer are BERT's"),
     "deberta-v2-xxlarge": (lambda: bert_cased(48, 1536, 24), "queries and values are BERT's"),
-    "facebook/opt-350m": (lambda: bert_cased(24, 1024, 16), "24 layers of queries and values, 1024 x 1024"),
     "gpt3-175b": (lambda: gpt2_of(96, 12288, 96), "GPT-2's blocks and width; its sparse attention has no parameters"),
     "bigscience/bloomz-560m": (lambda: gpt2_of(24, 1024, 16), "24 layers of 16 heads of 64, and the width"),
     "Qwen/Qwen2.5-3B-Instruct": (
@@ -170,7 +177,7 @@ STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
         "queries and values; their biases are no part of the adapter",
     ),
 }
-TASK = {"bert": "encoder", "gpt2": "causal-lm", "llama": "causal-lm", "t5": "seq2seq", "mt5": "seq2seq"}
+TASK = {"bert": "encoder", "gpt2": "causal-lm", "llama": "causal-lm", "opt": "causal-lm", "t5": "seq2seq", "mt5": "seq2seq"}
 
 
 class Case(NamedTuple):

@@ -97,6 +97,20 @@ def gpt2() -> hub.Model:
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 
 
+def opt() -> hub.Model:
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        ffn_dim=FF,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        dropout=0.0,
+        init_std=0.3,
+    )
+    return _noisy(hub.from_config(config, "classification", labels=LABELS))
+
+
 def t5() -> hub.Model:
     """With biases, which T5 has none of, beside all linear layers, for the methods on biases."""
     config = transformers.T5Config(
@@ -139,6 +153,7 @@ FAMILIES = {
     "llama": llama,
     "bert": bert,
     "gpt2": gpt2,
+    "opt": opt,
     "t5": t5,
 }
 
@@ -192,6 +207,15 @@ SIZES = {
         head=D * LABELS,
         mlp_in=1,
         attention=4 * D + 2 * D,  # q k v are one
+        norms=(2 * LAYERS + 1) * 2 * D,
+        blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
+    ),
+    "opt": Sizes(
+        kv=D,
+        biases=LAYERS * (4 * D + 2 * D + FF + D) + D,
+        head=D * LABELS,
+        mlp_in=1,
+        attention=8 * D,
         norms=(2 * LAYERS + 1) * 2 * D,
         blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
     ),

@@ -52,6 +52,10 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
         own |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "initializer_factor": 0.7}
         own |= {"decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0, "vocab_size": sizes["vocab_size"]}
         return transformers.T5Config(**own | changes)
+    if family == "opt":
+        return transformers.OPTConfig(
+            ffn_dim=sizes.pop("intermediate_size"), init_std=sizes.pop("initializer_range"), **sizes | ends | changes
+        )
     if family == "gpt2":
         return transformers.GPT2Config(n_inner=sizes.pop("intermediate_size"), **sizes | ends | changes)
     sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False}

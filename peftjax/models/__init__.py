@@ -4,6 +4,7 @@ from .base import Family as Family
 from .bert import FAMILY as BERT
 from .gpt2 import FAMILY as GPT2
 from .llama import FAMILY as LLAMA
+from .opt import FAMILY as OPT
 from .t5 import FAMILY as T5, MT5
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, GPT2, LLAMA, T5, MT5)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, GPT2, LLAMA, OPT, T5, MT5)}

@@ -101,6 +101,8 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
     """
     values = {**family.absent, **values, "num_labels": len(values.get("id2label") or {0: 0, 1: 1})}
     honoured = set(family.config._fields)
+    # A field's name cannot start with an underscore, as some keys do.
+    values = {k.lstrip("_") if k.lstrip("_") in honoured else k: v for k, v in values.items()}
     bad = []
     for key, value in values.items():
         if key in family.fixed:
