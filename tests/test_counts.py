@@ -177,7 +177,14 @@ STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
         "queries and values; their biases are no part of the adapter",
     ),
 }
-TASK = {"bert": "encoder", "gpt2": "causal-lm", "llama": "causal-lm", "opt": "causal-lm", "t5": "seq2seq", "mt5": "seq2seq"}
+TASK = {
+    "bert": "encoder",
+    "gpt2": "causal-lm",
+    "llama": "causal-lm",
+    "opt": "causal-lm",
+    "t5": "seq2seq",
+    "mt5": "seq2seq",
+}
 
 
 class Case(NamedTuple):
