@@ -71,7 +71,7 @@ class Measured(NamedTuple):
 
 def write(folder: Path, size: int, shards: int, dtype: str) -> Path:
     """Writes a random Llama of about `size` bytes in so many shards, a shard at a time."""
-    width, vocabulary = (2048, 16384) if size > 10**9 else (512, 8192)
+    width, vocabulary = (2048, 16384) if size > 10**9 else (512, 4096)
     if not size:
         width, vocabulary = 64, 128
     item, ff = jnp.dtype(dtype).itemsize, 11 * width // 4
