@@ -147,7 +147,7 @@ def table(size: int, shards: int) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="Host memory that loading takes.")
     parser.add_argument("--gigabytes", type=float, default=2.0)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--out", type=Path, default=OUT)
