@@ -401,6 +401,17 @@ class Methods:
 
 
 @dataclasses.dataclass
+class Models:
+    """Lists the families of models: architectures, and what of a config is honoured, fixed or harmless.
+
+    Attributes:
+      family: show this one in full, such as llama.
+    """
+
+    family: tyro.conf.Positional[str | None] = None
+
+
+@dataclasses.dataclass
 class FromTemplates:
     """Puts the rows of data sets in words by templates, and mixes the tasks (Flan, P3).
 
@@ -714,6 +725,24 @@ def methods(args: Methods) -> None:
     console.print(table)
 
 
+def models(args: Models) -> None:
+    from .models import FAMILIES
+    from .models.base import details, summary
+
+    if args.family not in (None, *FAMILIES):
+        raise ValueError(f"there is no family {args.family!r}; the families are {', '.join(FAMILIES)}")
+    table = Table(box=box.SIMPLE_HEAD)
+    for column in ("family", "config", ""):
+        table.add_column(column, no_wrap=column != "", overflow="fold")
+    for family in FAMILIES.values() if args.family is None else [FAMILIES[args.family]]:
+        for i, (what, value) in enumerate((summary if args.family is None else details)(family)):
+            table.add_row("" if i else family.name, what, value)
+        table.add_section()
+    console.print(table)
+    more = "; bookkeeping is left alone: `peftjax models llama` lists those keys" if args.family is None else ""
+    _say(f"A key that is not here must have transformers' own default; another value is refused{more}.", style="dim")
+
+
 def instruct(args: Instruct) -> None:
     if isinstance(args.way, FromTemplates):
         _from_templates(args.way)
@@ -778,6 +807,7 @@ VERBS: dict[type, Callable] = {
     Generate: generate,
     Chat: chat,
     Methods: methods,
+    Models: models,
     Instruct: instruct,
 }
 Command = (
@@ -793,6 +823,7 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
+    | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Instruct, tyro.conf.subcommand("instruct")]
 )
 

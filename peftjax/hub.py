@@ -33,6 +33,12 @@ TASKS = {  # what for -> heads that will do
 }
 SHARD_BYTES = 5 * 10**9
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
+NO_FLOATS = f"of a type that is none of {', '.join(FLOATS)}"
+PICKLE = (
+    "a pickle can run any code when read, so it is refused; convert it with transformers' save_pretrained, which "
+    "writes safetensors"
+)
 
 
 class Bundled(NamedTuple):
@@ -370,7 +376,7 @@ def _read_hf_config(folder: Path) -> Any:
         raise FileNotFoundError(f"{folder} has no config.json; write the folder of a model in Hugging Face's layout")
     try:
         raw = json.loads(file.read_text())
-    except json.JSONDecodeError as e:
+    except ValueError as e:  # of the syntax, or bytes that are no text
         raise ValueError(f"{file} is no JSON: {e}") from e
     if not isinstance(raw, dict):
         raise ValueError(f"{file} holds a {type(raw).__name__}; expected an object of config keys")
@@ -455,8 +461,10 @@ def _tensor_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
             raise ValueError(f"{index} is no index of shards: expected an object with 'weight_map'") from e
+        if not names or not all(isinstance(n, str) for n in names):
+            raise ValueError(f"{index} is no index of shards: its 'weight_map' names {names or 'no file'}")
         if outside := [n for n in names if Path(n).name != n]:
             raise ValueError(f"{index} lists files outside the folder: {outside}")
         if missing := [n for n in names if not (folder / n).is_file()]:
@@ -464,10 +472,7 @@ def _tensor_files(folder: Path) -> list[Path]:
         return [folder / n for n in names]
     pickles = sorted(p.name for p in (*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")))
     if pickles:
-        raise ValueError(
-            f"{folder} has weights only as {pickles}: a pickle can run any code when read, so it is refused; "
-            "convert it with transformers' save_pretrained, which writes safetensors"
-        )
+        raise ValueError(f"{folder} has weights only as {pickles}: {PICKLE}")
     raise FileNotFoundError(f"{folder} holds no {WEIGHTS} and no {INDEX}")
 
 
@@ -475,15 +480,23 @@ def _tensors(files: list[Path]) -> Iterator[tuple[str, Any]]:
     """Names and readers, so that one tensor at a time is in memory."""
     for file in files:
         try:
-            with safe_open(file, framework="flax") as f:
+            with safe_open(file, framework="numpy") as f:
                 for name in f.keys():  # noqa: SIM118 - safe_open is no mapping
                     yield name, f
         except OSError as e:
             raise ValueError(f"{file} cannot be read: {e}") from e
         except Exception as e:
             if type(e).__name__ == "SafetensorError":
+                if _is_pickle(file):
+                    raise ValueError(f"{file} is no safetensors file but a pickle: {PICKLE}") from e
                 raise ValueError(f"{file} is truncated or no safetensors file: {e}") from e
             raise
+
+
+def _is_pickle(file: Path) -> bool:
+    """Whether a file begins as those of `torch.save` do, old (a pickle's protocol) or new (a zip file)."""
+    with file.open("rb") as f:
+        return f.read(2) in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK")
 
 
 def _read_params(
@@ -515,24 +528,26 @@ def _read_params(
         elif path in found or path in wrong:
             extra.append(f"{name} (a second tensor for {path})")
         elif not (fresh_head and path in optional):
-            shape = tuple(f.get_slice(name).get_shape())
+            stored = f.get_slice(name)
+            shape = tuple(stored.get_shape())
             wanted = shapes[path].shape[::-1] if family.transposed(path) else shapes[path].shape
             if shape != wanted:
-                wrong[path] = f"{name} {shape}, expected {wanted}"
+                wrong[path] = "of a wrong shape", f"{name} {shape}, expected {wanted}"
+            elif stored.get_dtype() not in FLOATS:
+                wrong[path] = NO_FLOATS, f"{name} {stored.get_dtype()}"
             else:
-                x = f.get_tensor(name)
-                x = x.T if family.transposed(path) else x
-                order = family.order(model.config, path)
-                x = x if order is None else x[..., order]
+                wide = np.float32 if path in coded else dtype
+                x = _to_device(f.get_tensor(name), family.transposed(path), family.order(model.config, path), wide)
                 if quantize is not None and path in coded:
-                    x = quantization.quantize_at(coded[path], x.astype(jnp.float32), quantize, dtype)
-                    x = jax.block_until_ready(x)  # else the next tensor is read while this one is still in memory
-                found[path] = x if path in coded else x.astype(dtype)
+                    x = quantization.quantize_at(coded[path], x, quantize, dtype)
+                # Else the next tensor is read while this one is still in memory twice.
+                found[path] = jax.block_until_ready(x)
     missing = [p for p in shapes if p not in found]
     alone = (optional, _spare(model))  # each is there whole or not at all
     excused = {p for part in alone if part.isdisjoint([*found, *wrong]) for p in part}
     absent = [family.tensor(p) for p in missing if p not in excused and p not in wrong]
-    problems = [("missing", absent), ("not known to the model", extra), ("of a wrong shape", wrong.values())]
+    problems = [("missing", absent), ("not known to the model", extra)]
+    problems += [(what, [x for w, x in wrong.values() if w == what]) for what in ("of a wrong shape", NO_FLOATS)]
     if any(rows for _, rows in problems):
         said = "; ".join(f"{what}: {', '.join(sorted(rows))}" for what, rows in problems if rows)
         unfit = not optional.isdisjoint(wrong)
@@ -541,6 +556,13 @@ def _read_params(
             f"the tensors in {files[0].parent} do not fit {model.hf_config.architectures[0]}: {said}{hint}"
         )
     return update({}, found), missing
+
+
+def _to_device(x: np.ndarray, transposed: bool, order: Any, dtype: Any) -> jax.Array:
+    """Cast on the host: there the transfer transposes, and no program is compiled for each shape."""
+    x = x.astype(jnp.dtype(dtype), copy=False)
+    x = x.T if transposed else x
+    return jnp.asarray(x if order is None else x[..., order])
 
 
 def _check_tied(model: Model, name: str, files: list[Path]) -> None:
@@ -554,7 +576,7 @@ def _other_table(model: Model, name: str, files: list[Path]) -> str | None:
     wanted = (name, table, table.partition(".")[2])
     there = {n: f.get_tensor(n) for n, f in _tensors(files) if n in wanted}
     twin = next((n for n in wanted[1:] if n in there), name)  # without one, the table is missing
-    return table if name in there and not jnp.array_equal(there[name], there[twin]) else None
+    return table if name in there and not np.array_equal(there[name], there[twin]) else None
 
 
 def _like_its_neighbours(file: Path) -> None:

@@ -17,6 +17,7 @@ from conftest import SHARED, STORIES, needs_shared
 
 from peftjax import METHODS, compare as comparison, hub, train
 from peftjax.cli import _rates, main
+from peftjax.models import FAMILIES
 from peftjax.problem import Evaluator
 from peftjax.run import SELECTION, zero_shot
 
@@ -226,6 +227,26 @@ def test_methods_lists_all(call):
     status, out, _ = call("methods")
     assert status == 0
     assert all(re.search(rf"\b{name}\b", out) for name in METHODS)
+
+
+def test_models_lists_all(call):
+    """Every family, architecture and key, in the table and in full."""
+    status, table, _ = call("models")
+    assert status == 0
+    assert "another value is refused" in " ".join(table.split())
+    for name, family in FAMILIES.items():
+        status, full, _ = call("models", name)
+        assert status == 0
+        assert re.search(rf"^ *{name} .*{next(iter(family.heads))}", table, re.MULTILINE)
+        for text in (table, full):
+            whole = "".join(text.split())  # what is folded is whole again
+            assert all(f"{architecture}({head})" in whole for architecture, head in family.heads.items())
+            assert all(key in whole for key in (*family.config._fields, *family.harmless))
+            assert all(f"{key}={value!r}" in whole for key, value in family.fixed.items())
+        assert all(key in whole for key in (*family.unused, "torch_dtype", "num_labels:int"))
+    status, _, err = call("models", "lama")
+    assert status == 1
+    assert "there is no family 'lama'; the families are bert, " in " ".join(err.split())
 
 
 def test_as_a_module():

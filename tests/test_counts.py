@@ -186,6 +186,14 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
         num_key_value_heads=2,
         tie_word_embeddings=True,
     ),
+    "facebook/opt-350m": lambda: transformers.OPTConfig(
+        hidden_size=1024,
+        ffn_dim=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        word_embed_proj_dim=512,
+        do_layer_norm_before=False,
+    ),
     "t5-base": lambda: t5(12, 768, 12, 3072, first=True),
     "t5-large": lambda: t5(24, 1024, 16, 4096, first=True),
     "t5-v1.1-lm100k-small": lambda: t5(8, 512, 6, 1024),
@@ -201,7 +209,6 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
 
 # Where the family is not here, one with the same shapes in all that the rows count: name -> (config, what is the same).
 STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
-    "facebook/opt-350m": (lambda: bert_cased(24, 1024, 16), "24 layers of queries and values, 1024 x 1024"),
     "gpt3-175b": (lambda: gpt2_of(96, 12288, 96), "GPT-2's blocks and width; its sparse attention has no parameters"),
 }
 TASK = {  # of others: a language model

@@ -171,8 +171,8 @@ def test_unknown_task(tmp_path):
         hub.load(saved(tmp_path), "poetry")
     with pytest.raises(ValueError, match="bert models have no head for 'causal-lm'"):
         hub.from_config(transformers.BertConfig(**BERT), "causal-lm")
-    with pytest.raises(ValueError, match="model type 'opt'; peftjax has the families"):
-        hub.from_config(transformers.OPTConfig(), "causal-lm")
+    with pytest.raises(ValueError, match="model type 'gptj'; peftjax has the families"):
+        hub.from_config(transformers.GPTJConfig(), "causal-lm")
 
 
 BAD_CONFIGS: list[Any] = [

@@ -194,6 +194,20 @@ def gpt_neox() -> hub.Model:
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 
 
+def opt() -> hub.Model:
+    config = transformers.OPTConfig(
+        vocab_size=VOCAB,
+        hidden_size=D,
+        ffn_dim=FF,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=64,
+        dropout=0.0,
+        init_std=0.3,
+    )
+    return _noisy(hub.from_config(config, "classification", labels=LABELS))
+
+
 def t5() -> hub.Model:
     """With biases, which T5 has none of, beside all linear layers, for the methods on biases."""
     config = transformers.T5Config(
@@ -267,10 +281,11 @@ FAMILIES = {
     "llama": llama,
     "bert": bert,
     "roberta": roberta,
-    "xlm-roberta": xlm_roberta,
+    "xlm_roberta": xlm_roberta,
     "electra": electra,
     "deberta": deberta,
     "gpt2": gpt2,
+    "opt": opt,
     "t5": t5,
     "bloom": bloom,
     "gpt_neox": gpt_neox,
@@ -318,7 +333,7 @@ SIZES = {
     ),
     # BERT's, with a dense layer in the head in place of the pooler
     **dict.fromkeys(
-        ("roberta", "xlm-roberta"),
+        ("roberta", "xlm_roberta"),
         Sizes(
             kv=D,
             biases=LAYERS * (4 * D + 2 * D + FF + D) + D,
@@ -385,6 +400,15 @@ SIZES = {
         head=D * LABELS,
         mlp_in=1,
         attention=4 * D + 2 * D,  # q k v are one
+        norms=(2 * LAYERS + 1) * 2 * D,
+        blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
+    ),
+    "opt": Sizes(
+        kv=D,
+        biases=LAYERS * (4 * D + 2 * D + FF + D) + D,
+        head=D * LABELS,
+        mlp_in=1,
+        attention=8 * D,
         norms=(2 * LAYERS + 1) * 2 * D,
         blocks=LAYERS * (4 * (D + 1) * D + 4 * D + (D + 1) * FF + (FF + 1) * D),
     ),

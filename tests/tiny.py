@@ -68,6 +68,10 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
         return transformers.BloomConfig(**own | {"initializer_range": 0.2, "seq_length": 64} | ends | changes)
     if family == "gpt_neox":
         return transformers.GPTNeoXConfig(**sizes | ends | changes)
+    if family == "opt":
+        return transformers.OPTConfig(
+            ffn_dim=sizes.pop("intermediate_size"), init_std=sizes.pop("initializer_range"), **sizes | ends | changes
+        )
     if family == "gpt2":
         return transformers.GPT2Config(n_inner=sizes.pop("intermediate_size"), **sizes | ends | changes)
     if family in ("gemma2", "gemma3_text"):

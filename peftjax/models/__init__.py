@@ -10,6 +10,7 @@ from .gpt2 import FAMILY as GPT2
 from .gpt_neox import FAMILY as GPT_NEOX
 from .llama import FAMILY as LLAMA
 from .mistral import FAMILY as MISTRAL
+from .opt import FAMILY as OPT
 from .qwen2 import FAMILY as QWEN2
 from .qwen3 import FAMILY as QWEN3
 from .roberta import FAMILY as ROBERTA, XLM as XLM_ROBERTA
@@ -28,6 +29,7 @@ FAMILIES: dict[str, Family] = {
         GPT_NEOX,
         LLAMA,
         MISTRAL,
+        OPT,
         QWEN2,
         QWEN3,
         ROBERTA,

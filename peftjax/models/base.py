@@ -108,6 +108,8 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
     """
     values = {**family.absent, **values, "num_labels": len(values.get("id2label") or {0: 0, 1: 1})}
     honoured = set(family.config._fields)
+    # A field's name cannot start with an underscore, as some keys do.
+    values = {k.lstrip("_") if k.lstrip("_") in honoured else k: v for k, v in values.items()}
     bad = []
     for key, value in values.items():
         if key in family.fixed:
@@ -127,3 +129,37 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
     config = family.config(**{k: values[k] for k in family.config._fields})
     family.check(config)
     return config
+
+
+def summary(family: Family, types: bool = False) -> list[tuple[str, str]]:
+    """What a family accepts, for the table of families: (what, value).
+
+    Args:
+      types: with the types of the config's values.
+    """
+    keys = {key: getattr(t, "__name__", str(t)) for key, t in family.config.__annotations__.items()}
+    rows = [
+        ("architectures", ", ".join(f"{name} ({head})" for name, head in family.heads.items())),
+        ("honoured", ", ".join(f"{key}: {t}" for key, t in keys.items()) if types else ", ".join(keys)),
+        ("fixed", _settings(family.fixed)),
+        ("harmless", ", ".join(family.harmless)),
+    ]
+    return [(what, value) for what, value in rows if value]
+
+
+def details(family: Family) -> list[tuple[str, str]]:
+    """All that a family's row says of files and configs: (what, value)."""
+    rows = [
+        ("harmless anywhere", ", ".join(sorted(HARMLESS))),
+        ("if left out", _settings(family.absent)),
+        ("base in files", f"{family.base}."),
+        ("other paths", "\n".join(f"{path} -> {file}" for path, file in family.places)),
+        ("older names", "\n".join(f"{old} -> {new}" for old, new in family.renames)),
+        ("tensors not read", "\n".join((*family.unused, *family.copies))),
+        ("generates", "no" if family.cache_shape is None else "yes"),
+    ]
+    return [*summary(family, types=True), *((what, value) for what, value in rows if value)]
+
+
+def _settings(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())

@@ -146,18 +146,19 @@ class Embed(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """`(x - mean) / sqrt(var + eps) · scale + bias`, computed in float32."""
+    """`(x - mean) / sqrt(var + eps) · scale + bias`, computed in float32; without the last two if not `affine`."""
 
     eps: float
+    affine: bool = True
 
     @nn.compact
     def __call__(self, x):
         h = x.astype(jnp.float32)
-        scale = vector(self, "scale", nn.initializers.ones, h)
-        bias = vector(self, "bias", nn.initializers.zeros, h)
         h = h - h.mean(-1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + self.eps)
-        return (h * scale + bias).astype(x.dtype)
+        if self.affine:
+            h = h * vector(self, "scale", nn.initializers.ones, h) + vector(self, "bias", nn.initializers.zeros, h)
+        return h.astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
