@@ -52,6 +52,11 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
         own |= {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20, "initializer_factor": 0.7}
         own |= {"decoder_start_token_id": 0, "eos_token_id": 3, "pad_token_id": 0, "vocab_size": sizes["vocab_size"]}
         return transformers.T5Config(**own | changes)
+    if family == "bart":
+        own = {f"{stack}_{k}": v for stack in ("encoder", "decoder") for k, v in (("layers", LAYERS), ("ffn_dim", 24))}
+        own |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": WIDTH, "init_std": 0.2}
+        own |= {"vocab_size": sizes["vocab_size"], "max_position_embeddings": 64, **ends}
+        return transformers.BartConfig(**own | {"decoder_start_token_id": 3, "forced_eos_token_id": 3} | changes)
     if family == "gpt2":
         return transformers.GPT2Config(n_inner=sizes.pop("intermediate_size"), **sizes | ends | changes)
     sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False}

@@ -1,9 +1,10 @@
 """Model families: one file each. `FAMILIES` maps transformers' `model_type` to the family."""
 
 from .base import Family as Family
+from .bart import FAMILY as BART
 from .bert import FAMILY as BERT
 from .gpt2 import FAMILY as GPT2
 from .llama import FAMILY as LLAMA
 from .t5 import FAMILY as T5, MT5
 
-FAMILIES: dict[str, Family] = {f.name: f for f in (BERT, GPT2, LLAMA, T5, MT5)}
+FAMILIES: dict[str, Family] = {f.name: f for f in (BART, BERT, GPT2, LLAMA, T5, MT5)}
