@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from .. import weights
 from ..methods.base import Site
 from .base import Family
 from .encoder_decoder import EncoderDecoder, halves, keys_and_values
@@ -130,9 +131,10 @@ class Stack(nn.Module):
 
 
 def unembed(module: nn.Module, base: Any, x: jax.Array) -> jax.Array:
-    """The tied head and a bias, which is a buffer in transformers: nothing trains it."""
+    """The tied head and a bias, which is a buffer in transformers: no gradient reaches it."""
     bias = read(module, "final_logits_bias", nn.initializers.zeros, (1, module.config.vocab_size))
-    return base.attend(x).astype(jnp.float32) + jax.lax.stop_gradient(bias.astype(jnp.float32))
+    bias = jax.lax.stop_gradient(weights.materialize(bias).astype(jnp.float32))
+    return base.attend(x).astype(jnp.float32) + bias
 
 
 def sites(c: Config, head: str) -> tuple[Site, ...]:
