@@ -398,12 +398,12 @@ def _forced(model: Model, values: Mapping[str, Any]) -> tuple[int | None, int | 
     if pair[0] is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
         pair[0] = values.get("bos_token_id")
     first, last = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in pair)
-    for token in (first, last):
-        if token is not None and (not isinstance(token, int) or not 0 <= token < model.config.vocab_size):
-            raise ValueError(
-                f"forced_bos_token_id and forced_eos_token_id must each be one of the {model.config.vocab_size} tokens; "
-                f"got {first!r} and {last!r}"
-            )
+    most = model.config.vocab_size
+    if any(x is not None and (not isinstance(x, int) or not 0 <= x < most) for x in (first, last)):
+        raise ValueError(
+            f"forced_bos_token_id and forced_eos_token_id must each be one of the {most} tokens; got {first!r} and "
+            f"{last!r}"
+        )
     return first, last
 
 

@@ -218,7 +218,9 @@ def test_old_files(tmp_path):
     rewrite(tmp_path, lambda t: t.update({"encoder.embed_tokens.weight": t["shared.weight"] + 1}))
     with pytest.raises(ValueError, match=r"encoder.embed_tokens.weight .* two different tensors"):
         hub.load(tmp_path)
-    rewrite(tmp_path, lambda t: [t.pop(k) for k in ("encoder.embed_tokens.weight", "encoder.embed_positions.weight")][:0])
+    rewrite(
+        tmp_path, lambda t: [t.pop(k) for k in ("encoder.embed_tokens.weight", "encoder.embed_positions.weight")][:0]
+    )
     with pytest.raises(ValueError, match=r"missing: model.encoder.embed_positions.weight"):
         hub.load(tmp_path, "encoder")
 
@@ -229,7 +231,12 @@ def test_a_config_written_by_an_older_transformers(tmp_path):
     config |= {"add_bias_logits": False, "add_final_layer_norm": False, "classif_dropout": 0.1, "early_stopping": True}
     config |= {"extra_pos_embeddings": 2, "normalize_before": False, "normalize_embedding": True, "num_beams": 4}
     config |= {"static_position_embeddings": False, "save_step": 11, "prefix": " ", "output_past": True}
-    config |= {"no_repeat_ngram_size": 3, "length_penalty": 2.0, "num_hidden_layers": 2, "gradient_checkpointing": False}
+    config |= {
+        "no_repeat_ngram_size": 3,
+        "length_penalty": 2.0,
+        "num_hidden_layers": 2,
+        "gradient_checkpointing": False,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert hub.load(tmp_path).config == hub.from_config(transformers.BartConfig(**BART), "seq2seq", seed=None).config
 
@@ -588,8 +595,12 @@ def test_the_loss_is_that_of_transformers(at):
 def test_every_verb(at, tmp_path, call, task):
     base = ("--model", at / "bart", "--task", task, "--data", at / task)
     quick = ("--steps", "3", "--batch-size", "8", "--buckets", "1")
-    assert call("compare", *base, *quick, "--methods", "mam(length=3, size=4), bitfit", "--out", tmp_path / "all")[0] == 0
-    assert call("train", *base, *quick, "--method", "lora(rank=2)", "--layout", "scan", "--out", tmp_path / "one")[0] == 0
+    assert (
+        call("compare", *base, *quick, "--methods", "mam(length=3, size=4), bitfit", "--out", tmp_path / "all")[0] == 0
+    )
+    assert (
+        call("train", *base, *quick, "--method", "lora(rank=2)", "--layout", "scan", "--out", tmp_path / "one")[0] == 0
+    )
     adapter = tmp_path / "one/adapter.safetensors"
     assert call("evaluate", *base, "--adapter", adapter)[0] == 0
     assert call("merge", "--model", at / "bart", "--adapter", adapter, "--out", tmp_path / "merged")[0] == 0

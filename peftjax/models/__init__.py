@@ -1,7 +1,7 @@
 """Model families: one file each. `FAMILIES` maps transformers' `model_type` to the family."""
 
-from .base import Family as Family
 from .bart import FAMILY as BART
+from .base import Family as Family
 from .bert import FAMILY as BERT
 from .gpt2 import FAMILY as GPT2
 from .llama import FAMILY as LLAMA

@@ -184,9 +184,7 @@ class Stack(nn.Module):
         def block(name):
             return Block(c, self.decodes, name=name)
 
-        x, cache = run_blocks(
-            self, block, "block", layers, x, context, cache, table, bias, *args, remat=self.remat
-        )
+        x, cache = run_blocks(self, block, "block", layers, x, context, cache, table, bias, *args, remat=self.remat)
         x = RMSNorm(c.layer_norm_epsilon, name="final_layer_norm")(x)
         return nn.Dropout(c.dropout_rate)(x, deterministic=context.deterministic), cache
 
