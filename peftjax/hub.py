@@ -394,10 +394,10 @@ def _forced(model: Model, values: Mapping[str, Any]) -> tuple[int | None, int | 
     """`Model.forced` by a config's values."""
     if model.family.start_id is None:
         return None, None
-    pair = [values.get(f"forced_{end}_token_id") for end in ("bos", "eos")]
+    pair: list[Any] = [values.get(f"forced_{end}_token_id") for end in ("bos", "eos")]
     if pair[0] is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
         pair[0] = values.get("bos_token_id")
-    first, last = (x[0] if isinstance(x, list) and len(x) == 1 else x for x in pair)
+    first, last = [x[0] if isinstance(x, list) and len(x) == 1 else x for x in pair]
     most = model.config.vocab_size
     if any(x is not None and (not isinstance(x, int) or not 0 <= x < most) for x in (first, last)):
         raise ValueError(

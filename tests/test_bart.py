@@ -218,9 +218,7 @@ def test_old_files(tmp_path):
     rewrite(tmp_path, lambda t: t.update({"encoder.embed_tokens.weight": t["shared.weight"] + 1}))
     with pytest.raises(ValueError, match=r"encoder.embed_tokens.weight .* two different tensors"):
         hub.load(tmp_path)
-    rewrite(
-        tmp_path, lambda t: [t.pop(k) for k in ("encoder.embed_tokens.weight", "encoder.embed_positions.weight")][:0]
-    )
+    rewrite(tmp_path, lambda t: {k: v for k, v in t.items() if not k.startswith("encoder.embed")})
     with pytest.raises(ValueError, match=r"missing: model.encoder.embed_positions.weight"):
         hub.load(tmp_path, "encoder")
 
@@ -276,7 +274,7 @@ def test_only_a_decoder_beside_an_encoder_is_forced(tmp_path):
     (tmp_path / "generation_config.json").write_text('{"forced_eos_token_id": 3}')
     assert hub.load(tmp_path).forced == (None, None)
     (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(ValueError, match="generation_config.json holds a list"):
+    with pytest.raises(ValueError, match=r"generation_config\.json holds a list"):
         hub.load(tmp_path)
 
 
@@ -595,15 +593,15 @@ def test_the_loss_is_that_of_transformers(at):
 def test_every_verb(at, tmp_path, call, task):
     base = ("--model", at / "bart", "--task", task, "--data", at / task)
     quick = ("--steps", "3", "--batch-size", "8", "--buckets", "1")
-    assert (
-        call("compare", *base, *quick, "--methods", "mam(length=3, size=4), bitfit", "--out", tmp_path / "all")[0] == 0
-    )
-    assert (
-        call("train", *base, *quick, "--method", "lora(rank=2)", "--layout", "scan", "--out", tmp_path / "one")[0] == 0
-    )
     adapter = tmp_path / "one/adapter.safetensors"
-    assert call("evaluate", *base, "--adapter", adapter)[0] == 0
-    assert call("merge", "--model", at / "bart", "--adapter", adapter, "--out", tmp_path / "merged")[0] == 0
+    for arguments in (
+        ("compare", *base, *quick, "--methods", "mam(length=3, size=4), bitfit", "--out", tmp_path / "all"),
+        ("train", *base, *quick, "--method", "lora(rank=2)", "--layout", "scan", "--out", tmp_path / "one"),
+        ("evaluate", *base, "--adapter", adapter),
+        ("merge", "--model", at / "bart", "--adapter", adapter, "--out", tmp_path / "merged"),
+    ):
+        status, _, err = call(*arguments)
+        assert status == 0, err
     head = "ForConditionalGeneration" if task == "e2e" else "ForSequenceClassification"
     merged = getattr(transformers, "Bart" + head).from_pretrained(tmp_path / "merged").eval()
     batch = pairs() if task == "e2e" else ended()

@@ -173,14 +173,8 @@ STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
         "queries and values; their biases are no part of the adapter",
     ),
 }
-TASK = {
-    "bart": "encoder",
-    "bert": "encoder",
-    "gpt2": "causal-lm",
-    "llama": "causal-lm",
-    "t5": "seq2seq",
-    "mt5": "seq2seq",
-}
+TASK = {"bart": "encoder", "bert": "encoder", "gpt2": "causal-lm", "llama": "causal-lm"}
+TASK |= {"t5": "seq2seq", "mt5": "seq2seq"}
 
 
 class Case(NamedTuple):

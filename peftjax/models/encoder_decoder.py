@@ -31,11 +31,10 @@ def keys_and_values(make: Callable, source: Any, cache: Any, index: jax.Array | 
     """
     if source is None:
         return *cache, cache
-    made = make(source)
-    if index is None:
-        return *made, cache
-    cache = made if cache is None else write_cache(cache, *made, index)
-    return *cache, cache
+    k, v = make(source)
+    if index is not None:
+        k, v = cache = (k, v) if cache is None else write_cache(cache, k, v, index)
+    return k, v, cache
 
 
 def halves(cache: Any) -> tuple[Any, Any]:
