@@ -394,10 +394,11 @@ def _forced(model: Model, values: Mapping[str, Any]) -> tuple[int | None, int | 
     """`Model.forced` by a config's values."""
     if model.family.start_id is None:
         return None, None
-    pair: list[Any] = [values.get(f"forced_{end}_token_id") for end in ("bos", "eos")]
-    if pair[0] is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
-        pair[0] = values.get("bos_token_id")
-    first, last = [x[0] if isinstance(x, list) and len(x) == 1 else x for x in pair]
+    first, last = values.get("forced_bos_token_id"), values.get("forced_eos_token_id")
+    if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
+        first = values.get("bos_token_id")
+    if isinstance(last, list) and len(last) == 1:
+        last = last[0]
     most = model.config.vocab_size
     if any(x is not None and (not isinstance(x, int) or not 0 <= x < most) for x in (first, last)):
         raise ValueError(

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 
 from .layers import (
@@ -20,7 +19,7 @@ from .layers import (
 )
 
 
-def keys_and_values(make: Callable, source: Any, cache: Any, index: jax.Array | int | None) -> tuple[Any, Any, Any]:
+def keys_and_values(make: Callable, source: Any, cache: Any, index: Any) -> tuple[Any, Any, Any]:
     """Keys, values, and what a layer's cache holds from now on.
 
     Args:
