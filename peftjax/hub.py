@@ -394,7 +394,8 @@ def _forced(model: Model, values: Mapping[str, Any]) -> tuple[int | None, int | 
     """`Model.forced` by a config's values."""
     if model.family.start_id is None:
         return None, None
-    first, last = values.get("forced_bos_token_id"), values.get("forced_eos_token_id")
+    first: Any = values.get("forced_bos_token_id")
+    last: Any = values.get("forced_eos_token_id")
     if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
         first = values.get("bos_token_id")
     if isinstance(last, list) and len(last) == 1:

@@ -26,17 +26,17 @@ BART: dict[str, Any] = {
     "vocab_size": 50,
     "d_model": 24,
     "encoder_layers": 2,
-    "decoder_layers": 3,
+    "decoder_layers": 2,
     "encoder_attention_heads": 4,
     "decoder_attention_heads": 2,
     "encoder_ffn_dim": 40,
     "decoder_ffn_dim": 36,
     "max_position_embeddings": 20,
 }
-SMALL: dict[str, Any] = BART | {"decoder_layers": 2}  # another number than the encoder's, transformers cannot cache
+SMALL: dict[str, Any] = BART | {"encoder_layers": 1, "decoder_layers": 1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "bart": {},
-    "scaled": {"scale_embedding": True, "activation_function": "relu", "encoder_layers": 1, "decoder_layers": 2},
+    "scaled": {"scale_embedding": True, "activation_function": "relu", "encoder_layers": 1, "decoder_layers": 3},
 }
 
 
@@ -73,13 +73,13 @@ def test_logits(tmp_path, name):
     torch_model = torch_bart(**VARIANTS[name])
     model, batch = moved(torch_model, tmp_path), pairs()
     want, real = theirs(torch_model, batch).logits, batch["decoder_attention_mask"] > 0
-    assert np.abs(want).max() > 0.1
+    assert want.abs().max() > 0.1
     for layout in LAYOUTS.values():
         assert_same(ours(model, batch, layout).logits, want, real)
 
 
 def test_base_without_masks(tmp_path):
-    torch_model = torch_bart("Model", activation_function="gelu_new")
+    torch_model = torch_bart("Model", sizes=SMALL, activation_function="gelu_new")
     model, batch = moved(torch_model, tmp_path), pairs()
     batch = {k: v for k, v in batch.items() if "mask" not in k}
     got = ours(model, batch)
@@ -98,14 +98,13 @@ def ended(length=9, ends=1, seed=0) -> dict[str, Any]:
 
 def test_classifier(tmp_path):
     torch_model = torch_bart("ForSequenceClassification", num_labels=4)
-    model, batch = moved(torch_model, tmp_path), ended()
-    want = theirs(torch_model, batch).logits
+    model, single, several = moved(torch_model, tmp_path), ended(), ended(ends=3)  # the last of them is read
+    want = np.concatenate([theirs(torch_model, x).logits for x in (single, several)])
+    batch = {k: np.concatenate([single[k], several[k]]) for k in single}
     for layout in LAYOUTS.values():
         got = ours(model, batch, layout).logits
-        assert got.shape == (6, 4)
+        assert got.shape == (12, 4)
         assert_same(got, want)
-    several = ended(ends=3)  # the last of them is read
-    assert_same(ours(model, several).logits, theirs(torch_model, several).logits)
 
 
 def test_input_that_is_refused():
@@ -168,9 +167,12 @@ def test_saved_for_transformers(tmp_path, head):
     assert (tmp_path / "ours/model.safetensors").read_bytes() == (tmp_path / "again/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("head", ["ForConditionalGeneration", "ForSequenceClassification"])
+@pytest.mark.parametrize(
+    "head", ["ForConditionalGeneration", pytest.param("ForSequenceClassification", marks=pytest.mark.slow)]
+)
 def test_merged_for_transformers(tmp_path, key, head):
-    model = moved(torch_bart(head, decoder_layers=2), tmp_path / "theirs")
+    torch_model = torch_bart(head)
+    model = moved(torch_model, tmp_path / "theirs")
     method = chain(lora(rank=2, alpha=3), bitfit())
     params = method.init(key, model.params, model.sites)
     trained = flatten(method.trainable(params))
@@ -178,7 +180,7 @@ def test_merged_for_transformers(tmp_path, key, head):
     params = map_with_path(lambda p, x: x + 0.3 * rng.normal(size=x.shape) if trained[p] else x, params)
     batch = ended() if "Classification" in head else pairs()
     got = ours(model, batch, params=params).logits
-    assert np.abs(got - np.asarray(ours(model, batch).logits)).max() > 0.1
+    assert np.abs(got - theirs(torch_model, batch).logits.numpy()).max() > 0.1
     hub.save(model, merge(params), tmp_path / "merged")
     merged = getattr(transformers, "Bart" + head).from_pretrained(tmp_path / "merged").eval()
     real = batch["decoder_attention_mask"] > 0 if "decoder_attention_mask" in batch else ...
@@ -194,7 +196,7 @@ def rewrite(folder, change):
 
 def test_old_files(tmp_path):
     """Copies of the table, versions; and a base's names for a model with a head, whose bias is zero then."""
-    torch_model = torch_bart()
+    torch_model = torch_bart(sizes=SMALL)
     torch_model.save_pretrained(tmp_path)
     whole = hub.load(tmp_path)
 
@@ -268,11 +270,9 @@ def test_forced_tokens_are_those_of_transformers(tmp_path, name):
 
 
 def test_only_a_decoder_beside_an_encoder_is_forced(tmp_path):
-    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=9, n_positions=8)
-    model = hub.from_config(config, "causal-lm")
-    hub.save(model, model.params, tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"forced_eos_token_id": 3}')
-    assert hub.load(tmp_path).forced == (None, None)
+    alone = hub.from_config(transformers.GPT2Config(n_layer=1), "causal-lm", seed=None)
+    assert hub._forced(alone, {"forced_eos_token_id": 3}) == (None, None)
+    torch_bart(sizes=SMALL).save_pretrained(tmp_path)
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"generation_config\.json holds a list"):
         hub.load(tmp_path)
@@ -283,7 +283,7 @@ def test_only_a_decoder_beside_an_encoder_is_forced(tmp_path):
 
 @pytest.mark.parametrize("task", ["seq2seq", "classification", "encoder"])
 def test_sites_name_the_tree(task):
-    model = hub.from_config(transformers.BartConfig(**BART), task)
+    model = hub.from_config(transformers.BartConfig(**BART | {"decoder_layers": 3}), task, seed=None)
     leaves = flatten(model.params)
     for site in model.sites:
         if site.kind in ("attention", "block", "input"):
@@ -297,18 +297,16 @@ def test_sites_name_the_tree(task):
     assert all((s.layer < 2) == ("/encoder/" in s.path) for s in model.sites if s.layer is not None)
     assert [s.heads for s in model.sites if s.kind == "attention"] == [(4, 4, 6)] * 2 + [(2, 2, 12)] * 6
     assert [s.tied for s in model.sites if s.kind == "embedding"] == [task == "seq2seq"]
-    stacked = flatten(stack_layers(model.params))
+    stacked = flatten(jax.eval_shape(stack_layers, model.params))
     assert {p.split("/")[2] for p in stacked if "*" in p} == {"layers_*"}
     assert not any(re.search(r"_\d", p) for p in stacked)
 
 
 def test_counts():
-    """The totals of bart-base and bart-large, as transformers counts their parameters; the buffer is one more row."""
+    """The total of bart-base as transformers counts its parameters, and the buffer; of bart-large, see test_counts.py."""
     base = {"d_model": 768, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "encoder_layers": 6, "decoder_layers": 6}
     small = transformers.BartConfig(**base, encoder_attention_heads=12, decoder_attention_heads=12)
-    for config, want in ((small, 139_420_416), (transformers.BartConfig(), 406_291_456)):
-        assert count(hub.from_config(config, "encoder", seed=None).params) == want
-        assert count(hub.from_config(config, "seq2seq", seed=None).params) == want + 50_265
+    assert count(hub.from_config(small, "seq2seq", seed=None).params) == 139_420_416 + 50_265
 
 
 # Generation
@@ -317,7 +315,7 @@ def test_counts():
 def talkative():
     """A torch model that does not say one token only."""
     torch: Any = pytest.importorskip("torch")
-    torch_model = torch_bart(sizes=SMALL, seed=1)
+    torch_model = torch_bart(seed=1)
     torch_model.final_logits_bias.mul_(0.3)
     with torch.no_grad():
         for path, p in torch_model.named_parameters():
@@ -379,24 +377,23 @@ def test_beams_with_forced_tokens_are_those_of_transformers(tmp_path, beams):
 
 
 def test_drawn_and_streamed_texts_are_forced_too():
-    model = hub.from_config(tiny.config("bart"), "generation")._replace(forced=(5, 6))
+    config = tiny.config("bart", encoder_layers=1, decoder_layers=1)
+    model = hub.from_config(config, "generation")._replace(forced=(5, 6))
     tokenizer = tiny.tokenizer()
     words = tokenizer.convert_ids_to_tokens([5, 6])
-    for how in (Decoding(4), Decoding(4, temperature=1.5, top_k=9, top_p=0.9)):
-        writer, key = Writer(model, tokenizer, how), jax.random.key(0)
-        (text,) = writer.complete(model.params, ["the cat"], key=key)
-        assert [text.split()[0], text.split()[-1]] == words
-        assert "".join(writer.stream(model.params, "the cat", key=jax.random.fold_in(key, 0))).split()[0] == words[0]
+    writer, key = Writer(model, tokenizer, Decoding(4, temperature=1.5, top_k=9, top_p=0.9)), jax.random.key(0)
+    (text,) = writer.complete(model.params, ["the cat"], key=key)
+    assert [text.split()[0], text.split()[-1]] == words
+    assert "".join(writer.stream(model.params, "the cat", key=jax.random.fold_in(key, 0))) == text
     (one,) = Writer(model, tokenizer, Decoding(1)).complete(model.params, ["the cat"])
     assert one == words[1]  # the last wins, as in transformers
 
 
 @layouts
-@pytest.mark.parametrize("with_prefix", [False, True], ids=["plain", "prefix"])
-def test_cached_equals_uncached(layout, with_prefix, key):
+def test_cached_equals_uncached(layout, key):
+    """With a prefix; without one, what is generated shows it."""
     model = here()
-    params = prefix(length=3, std=1.0).init(key, model.params, model.sites) if with_prefix else model.params
-    params = layout(params)
+    params = layout(prefix(length=3, std=1.0).init(key, model.params, model.sites))
     batch = {k: jnp.asarray(v[:4]) for k, v in pairs().items() if k != "decoder_attention_mask"}
     batch["decoder_input_ids"] = batch["decoder_input_ids"].at[:, 0].set(2)
     want = ours(model, batch, params=params).logits
@@ -418,7 +415,7 @@ def test_cached_equals_uncached(layout, with_prefix, key):
 def test_a_prompt_has_the_first_positions(tmp_path, key):
     """Against transformers with the vectors among the embedded words, which `scale_embedding` has scaled."""
     torch: Any = pytest.importorskip("torch")
-    torch_model = torch_bart(scale_embedding=True)
+    torch_model = torch_bart(sizes=SMALL, scale_embedding=True)
     model, batch = moved(torch_model, tmp_path), pairs()
     params = prompt(4, start="random", bound=2.0).init(key, model.params, model.sites)
     inputs = {k: torch.tensor(v) for k, v in batch.items()}
@@ -431,7 +428,7 @@ def test_a_prompt_has_the_first_positions(tmp_path, key):
     assert_same(ours(model, batch, params=params).logits, want, batch["decoder_attention_mask"] > 0)
     longer = prompt(12).init(key, model.params, model.sites)
     with pytest.raises(ValueError, match="21 tokens, virtual ones included"):
-        ours(model, batch, params=longer)
+        jax.eval_shape(lambda p: model.forward(p, batch), longer)
 
 
 @pytest.mark.parametrize("sort", ["self_attn", "encoder_attn"])
@@ -444,7 +441,7 @@ def test_mix_and_match_adapters(tmp_path, key, sort):
     torch: Any = pytest.importorskip("torch")
     from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
-    torch_model, n = torch_bart(sizes=SMALL), 3
+    torch_model, n = torch_bart(), 3
     model, batch = moved(torch_model, tmp_path), pairs()
     batch = {k: v[:3] for k, v in batch.items() if k != "decoder_attention_mask"}
     params = tiny.roughen(mam(n, 5).init(key, model.params, model.sites), 3)
@@ -452,7 +449,7 @@ def test_mix_and_match_adapters(tmp_path, key, sort):
     flat = flatten(params, is_leaf=is_node)
     kept = {p: x for p, x in flat.items() if not p.endswith("/prefix") or ("decoder" in p and sort in p)}
     params = update({}, kept)
-    got = ours(model, batch, params=params).logits
+    got, plain = ours(model, batch, params=params).logits, theirs(torch_model, batch).logits.numpy()
 
     def beside(adapter, inner, outer):
         """Adds an adapter's output to the MLP's, of which `inner` is the first product and `outer` the last."""
@@ -492,11 +489,11 @@ def test_mix_and_match_adapters(tmp_path, key, sort):
             past_key_values=cache,
         ).logits
     assert_same(got, want)
-    assert np.abs(np.asarray(got) - np.asarray(ours(model, batch).logits)).max() > 1e-2
+    assert np.abs(np.asarray(got) - plain).max() > 1e-2
 
 
 def test_hooks_and_targets_of_the_cross_attention(key):
-    model, batch = here(), pairs()
+    model, batch = here(sizes=SMALL), pairs()
 
     @node
     class Double:
@@ -510,11 +507,19 @@ def test_hooks_and_targets_of_the_cross_attention(key):
     twice = {f"{out}/{x}": 2 * leaves[f"{out}/{x}"] for x in ("kernel", "bias")}
     assert_same(doubled, ours(model, batch, params=update(model.params, twice)).logits, atol=1e-5)
     one = lora(rank=2, targets=[".*/encoder_attn/[qv]_proj/kernel"]).init(key, model.params, model.sites)
-    assert sum(is_node(x) for x in flatten(one, is_leaf=is_node).values()) == 2 * 3
+    assert sum(is_node(x) for x in flatten(one, is_leaf=is_node).values()) == 2
 
 
 @layouts
-@pytest.mark.parametrize("method", [lora(rank=2), dora(rank=2), prefix(3), prefix(3, mlp=True, hidden=7)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        lora(rank=2),
+        prefix(3),
+        *(pytest.param(m, marks=pytest.mark.slow) for m in (dora(rank=2), prefix(3, mlp=True, hidden=7))),
+    ],
+    ids=["lora", "prefix", "dora", "prefix-mlp"],
+)
 def test_bf16_is_not_promoted(method, layout, key):
     model = here(dtype=jnp.bfloat16)
     params = method.init(key, cast(model.params, jnp.bfloat16), model.sites)
@@ -532,7 +537,7 @@ def test_bf16_is_not_promoted(method, layout, key):
 @pytest.mark.parametrize(
     ("rate", "encoder", "decoder"),
     # a stack's input and what each sub-layer adds; what is drawn inside attention and MLP
-    [("dropout", 1 + 2 * 2, 1 + 3 * 3), ("attention_dropout", 2, 2 * 3), ("activation_dropout", 2, 3)],
+    [("dropout", 1 + 2 * 2, 1 + 2 * 3), ("attention_dropout", 2, 2 * 2), ("activation_dropout", 2, 2)],
 )
 def test_dropout(rate, encoder, decoder, key):
     config = transformers.BartConfig(**BART, **{"dropout": 0.0, rate: 0.5})
@@ -541,6 +546,7 @@ def test_dropout(rate, encoder, decoder, key):
     assert sum(e.primitive.name == "random_bits" for e in program) == encoder + decoder
 
 
+@pytest.mark.slow
 def test_remat_changes_no_gradient_and_the_buffer_has_none():
     model = here()
     batch = {k: jnp.asarray(v) for k, v in pairs().items()}
