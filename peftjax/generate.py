@@ -167,9 +167,28 @@ def narrowed(logits: jax.Array, how: Decoding) -> jax.Array:
     return scores
 
 
-def _choose(how: Decoding, logits: jax.Array, text: Text, keys: jax.Array | None, number: Any) -> jax.Array:
+def allowed(model: Speaker, how: Decoding, scores: jax.Array, tokens: jax.Array, length: Any, number: Any) -> jax.Array:
+    """-inf where a token must not come: one that `without_repeats` excludes, and all others where one is forced.
+
+    A forced token has the score 0, as in transformers.
+
+    Args:
+      scores: (rows, vocabulary); tokens: (rows, width), of which the first `length` columns count.
+      number: of new tokens before this one.
+    """
+    scores = without_repeats(scores, tokens, length, how.no_repeat_ngram)
+    for token, at in zip(model.forced, (0, how.max_new_tokens - 1), strict=True):
+        if token is not None:
+            only = jnp.where(jnp.arange(scores.shape[-1]) == token, 0.0, -jnp.inf)
+            scores = jnp.where(number == at, only.astype(scores.dtype), scores)
+    return scores
+
+
+def _choose(
+    model: Speaker, how: Decoding, logits: jax.Array, text: Text, keys: jax.Array | None, number: Any
+) -> jax.Array:
     """The next token of each row, (rows,); each draws by its own key and the number of the new token."""
-    logits = without_repeats(logits, text.tokens, text.length, how.no_repeat_ngram)
+    logits = allowed(model, how, logits, text.tokens, text.length, number)
     if how.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     assert keys is not None  # `_row_keys` gives some where tokens are drawn
@@ -232,7 +251,7 @@ def decoder(model: Speaker, how: Decoding, pad_id: int = 0) -> Callable[..., jax
         begun = text.length
 
         def add(logits, text, ended):
-            token = jnp.where(ended, pad_id, _choose(how, logits, text, keys, text.length - begun))
+            token = jnp.where(ended, pad_id, _choose(model, how, logits, text, keys, text.length - begun))
             return _written(text, token), ended | jnp.isin(token, ends)
 
         def go_on(carry):
@@ -257,7 +276,7 @@ def decoder(model: Speaker, how: Decoding, pad_id: int = 0) -> Callable[..., jax
             max_new_tokens=how.max_new_tokens,
             length_penalty=how.length_penalty,
             stop=how.stop,
-            forbid=lambda scores, tokens, length: without_repeats(scores, tokens, length, how.no_repeat_ngram),
+            forbid=lambda scores, tokens, length: allowed(model, how, scores, tokens, length, length - text.length),
             repeat=lambda cache: _each_cache(lambda c: repeat_rows(c, how.beams), cache),
             gather=lambda cache, rows: _each_cache(lambda c: gather_rows(c, rows), cache),
             advance=lambda cache, token, at: _advance(model, params, cache, token, at + shift),
@@ -382,12 +401,12 @@ class Writer:
     def _begin(self, params, input_ids, attention_mask, keys):
         room = self.how.max_new_tokens
         logits, text = _start(self.model, params, input_ids, attention_mask, room, self.pad_id)
-        token = _choose(self.how, logits, text, keys, 0)
+        token = _choose(self.model, self.how, logits, text, keys, 0)
         return token, _written(text, token)
 
     def _go_on(self, params, text, keys, number):
         logits, text = _read_last(self.model, params, text)
-        token = _choose(self.how, logits, text, keys, number)
+        token = _choose(self.model, self.how, logits, text, keys, number)
         return token, _written(text, token)
 
     def room(self, params: Tree) -> int:

@@ -77,6 +77,8 @@ class Model(NamedTuple):
       config: the module's config.
       hf_config: transformers' config object, saved with a merged model.
       fresh: paths of parameters that no file held: a new task head.
+      forced: the first and the last token of what a decoder beside an encoder writes, None where they are free:
+        transformers' `forced_bos_token_id` and `forced_eos_token_id`, saved with a merged model.
     """
 
     family: Family
@@ -86,6 +88,7 @@ class Model(NamedTuple):
     config: Any
     hf_config: Any
     fresh: tuple[str, ...] = ()
+    forced: tuple[int | None, int | None] = (None, None)
 
     def forward(self, params: Tree, batch: dict, key: jax.Array | None = None, **kwargs) -> Output:
         """Runs the module on a batch of `input_ids`, `attention_mask`, `type_ids`; a key turns dropout on.
@@ -188,7 +191,7 @@ def load(
         _check_labels(folder, named, [str(x) for x in labels])
     if missing:
         params = update(params, _draw(model, missing, seed, param_dtype))
-    return model._replace(params=params, fresh=tuple(missing))
+    return model._replace(params=params, fresh=tuple(missing), forced=_forced(model, _generation(folder)))
 
 
 def check_packable(family: Family) -> None:
@@ -242,6 +245,7 @@ def from_config(
     model = _describe(hf_config, task, dtype, remat, type(hf_config).__name__)
     if seed is not None:
         model = model._replace(params=_init(model, jax.random.key(seed)))
+    model = model._replace(forced=_forced(model, hf_config.to_dict()))
     if quantize is None:
         return model
     change = functools.partial(quantization.quantize, sites=model.sites, how=quantize)
@@ -326,6 +330,7 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
     config = copy.deepcopy(model.hf_config)
     config.dtype = jnp.result_type(*tensors.values()).name  # transformers loads in the dtype named here
     config.save_pretrained(folder)
+    _write_forced(model, folder)
     _write_tensors(folder, tensors)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
@@ -399,6 +404,49 @@ def _no_family(where: Any, name: Any) -> str:
             f"{part!r}: write the folder of a checkpoint of that type ({', '.join(FAMILIES[part].heads)})"
         )
     return f"{where} is of model type {name!r}; peftjax has the families {sorted(FAMILIES)}"
+
+
+def _generation(folder: Path) -> dict[str, Any]:
+    """What transformers reads a model's way of generating from: a file of its own, else config.json."""
+    file = next(f for name in ("generation_config.json", "config.json") if (f := folder / name).is_file())
+    try:
+        values = json.loads(file.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{file} is no JSON: {e}") from e
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} holds a {type(values).__name__}; expected an object of config keys")
+    return values
+
+
+def _forced(model: Model, values: Mapping[str, Any]) -> tuple[int | None, int | None]:
+    """`Model.forced` by a config's values."""
+    if model.family.start_id is None:
+        return None, None
+    first: Any = values.get("forced_bos_token_id")
+    last: Any = values.get("forced_eos_token_id")
+    if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
+        first = values.get("bos_token_id")
+    if isinstance(last, list) and len(last) == 1:
+        last = last[0]
+    most = model.config.vocab_size
+    if any(x is not None and (not isinstance(x, int) or not 0 <= x < most) for x in (first, last)):
+        raise ValueError(
+            f"forced_bos_token_id and forced_eos_token_id must each be one of the {most} tokens; got {first!r} and "
+            f"{last!r}"
+        )
+    return first, last
+
+
+def _write_forced(model: Model, folder: Path) -> None:
+    """What transformers forces too; nothing where the config alone says it."""
+    import transformers
+
+    file = folder / "generation_config.json"
+    file.unlink(missing_ok=True)  # of an earlier save
+    if model.forced != _forced(model, model.hf_config.to_dict()):
+        generation = transformers.GenerationConfig.from_model_config(model.hf_config)
+        generation.forced_bos_token_id, generation.forced_eos_token_id = model.forced
+        generation.save_pretrained(folder)
 
 
 def _check_labels(folder: Path, named: list[str], labels: list[str]) -> None:
@@ -542,6 +590,9 @@ def _read_params(
                     x = quantization.quantize_at(coded[path], x, quantize, dtype)
                 # Else the next tensor is read while this one is still in memory twice.
                 found[path] = jax.block_until_ready(x)
+    for path, x in shapes.items():
+        if path not in {*found, *wrong} and any(re.fullmatch(p, path) for p in family.zero):
+            found[path] = jnp.zeros(x.shape, dtype)
     missing = [p for p in shapes if p not in found]
     alone = (optional, _spare(model))  # each is there whole or not at all
     excused = {p for part in alone if part.isdisjoint([*found, *wrong]) for p in part}

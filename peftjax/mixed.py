@@ -192,6 +192,10 @@ class Mixed(NamedTuple):
         return self.model.config
 
     @property
+    def forced(self):
+        return self.model.forced
+
+    @property
     def max_length(self):
         return self.model.max_length
 

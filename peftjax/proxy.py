@@ -57,6 +57,10 @@ class Proxy(NamedTuple):
         return self.base.config
 
     @property
+    def forced(self):
+        return self.base.forced
+
+    @property
     def max_length(self) -> int:
         return min(m.max_length for m in (self.base, self.expert, self.antiexpert))
 

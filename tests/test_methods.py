@@ -258,6 +258,19 @@ def _gemma(config) -> hub.Model:
     return _noisy(model._replace(params=materialized(bitfit(create=True), model)))
 
 
+def bart() -> hub.Model:
+    sizes = {"layers": LAYERS, "attention_heads": HEADS, "ffn_dim": FF}
+    config = transformers.BartConfig(
+        vocab_size=VOCAB,
+        d_model=D,
+        max_position_embeddings=64,
+        dropout=0.0,
+        init_std=0.3,
+        **{f"{stack}_{k}": v for stack in ("encoder", "decoder") for k, v in sizes.items()},
+    )
+    return _noisy(hub.from_config(config, "classification", labels=LABELS))
+
+
 def materialized(method, model):
     return merge(method.init(jax.random.key(0), model.params, model.sites))
 
@@ -294,6 +307,7 @@ FAMILIES = {
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "bart": bart,
 }
 
 
@@ -374,6 +388,16 @@ SIZES = {
         attention=4 * (D + T5_INNER),
         norms=(5 * LAYERS + 2) * D,
         blocks=LAYERS * (3 * (4 * T5_INNER * D + 3 * T5_INNER + D) + 2 * (2 * (D + 1) * FF + (FF + 1) * D) + 5 * D),
+    ),
+    # likewise; five norms in a layer of both, and one of each embedding
+    "bart": Sizes(
+        kv=D,
+        biases=LAYERS * (3 * 4 * D + 5 * D + 2 * (FF + D)) + 2 * D,
+        head=(D + 1) * (D + LABELS),
+        mlp_in=1,
+        attention=8 * D,
+        norms=(5 * LAYERS + 2) * 2 * D,
+        blocks=LAYERS * (3 * 4 * (D + 1) * D + 5 * 2 * D + 2 * ((D + 1) * FF + (FF + 1) * D)),
     ),
     "gpt2": Sizes(
         kv=D,
@@ -708,100 +732,94 @@ CASES = {
     ),
 }
 
-T5_QV = r".*/[qv]/kernel/"
+
+def _pair_count(s, r, n):
+    """LoRA's of rank r on n matrices of an attention module, of which an encoder and its decoder have three a layer."""
+    return 3 * n * _lora_count(r, (D, s.kv))
 
 
-def _t5_count(r, *shapes):
-    return 3 * _lora_count(r, *shapes)
+def _pair_all(s):
+    """Inputs and outputs of all matrices of a layer of both."""
+    return 3 * s.attention + 2 * (s.mlp_in + 1) * (D + FF)
 
 
-T5_IN, T5_ALL = (D, T5_INNER), 3 * 4 * (D + T5_INNER) + 2 * 3 * (D + FF)  # inputs and outputs of one; of all, a layer
-T5 = {  # where three times as many attention modules as layers, or other names, make another pattern or count
-    "full-targets": (r".*/wo/kernel/value", lambda s, n: 2 * LAYERS * FF * D),
-    "head": (r"classification_head/.*", CASES["head"].count),
-    "bitfit-subset": (r".*/(q|wi\d)/bias/value", lambda s, n: LAYERS * (3 * T5_INNER + 2 * 2 * FF)),
-    "fishmask+head": (r".*/values|classification_head/.*", CASES["fishmask+head"].count),
-    "fishmask-random": (r"(?!classification_head).*/values", CASES["fishmask-random"].count),
-    "lora over fishmask": (r".*/kernel/values|.*/q/kernel/(base/values|[ab])", lambda s, n: 300 + _t5_count(2, T5_IN)),
-    "lora": (T5_QV + "[ab]", lambda s, n: _t5_count(3, T5_IN, T5_IN)),
-    "dora": (T5_QV + "([ab]|magnitude)", lambda s, n: _t5_count(3, T5_IN, T5_IN) + 6 * LAYERS * T5_INNER),
-    "dora-everywhere": (
-        r".*block_\d+/.*/kernel/([ab]|magnitude)|.*/shared/embedding/([ab]|magnitude)",
-        lambda s, n: (
-            2 * (VOCAB + D)
-            + D
-            + LAYERS * (2 * T5_ALL - 2 * (FF + D))  # rank 1 in the two mlp_out
-            + LAYERS * (3 * (3 * T5_INNER + D) + 2 * (2 * FF + D))
-        ),
+PAIRS_OF_STACKS = {  # where three times as many attention modules as layers make another count, and twice as many MLPs
+    "full-targets": lambda s, n: 2 * LAYERS * FF * D,
+    "bitfit-subset": lambda s, n: LAYERS * (3 * s.kv + 2 * s.mlp_in * FF),
+    "lora over fishmask": lambda s, n: 300 + _pair_count(s, 2, 1),
+    "lora": lambda s, n: _pair_count(s, 3, 2),
+    "dora": lambda s, n: _pair_count(s, 3, 2) + 6 * LAYERS * s.kv,
+    "dora-everywhere": lambda s, n: (
+        2 * (VOCAB + D)
+        + D
+        + LAYERS * (2 * _pair_all(s) - 2 * (FF + D))  # rank 1 in the two mlp_out
+        + LAYERS * (3 * (3 * s.kv + D) + 2 * (s.mlp_in * FF + D))
     ),
-    "rslora-dropout": (r".*/k/kernel/[ab]", lambda s, n: _t5_count(2, T5_IN)),
-    "lora-patterns": (
-        r".*block_\d+/.*/kernel/[ab]|.*/shared/embedding/[ab]",
-        lambda s, n: (VOCAB + D) + 3 * (T5_ALL - 2 * (FF + D)) + LAYERS * 2 * 4 * (FF + D),
+    "rslora-dropout": lambda s, n: _pair_count(s, 2, 1),
+    "lora-patterns": lambda s, n: (VOCAB + D) + 3 * (_pair_all(s) - 2 * (FF + D)) + LAYERS * 2 * 4 * (FF + D),
+    "prefix": lambda s, n: 3 * 2 * 5 * LAYERS * s.kv,
+    "prefix-mlp": lambda s, n: 5 * D + (D + 1) * 7 + (7 + 1) * 3 * 2 * LAYERS * s.kv,
+    "lora+bitfit+head": lambda s, n: _pair_count(s, 2, 1) + s.biases + s.head,
+    "prefix+lora": lambda s, n: 3 * 6 * LAYERS * s.kv + _pair_count(s, 2, 1),
+    "lora over lora": lambda s, n: _pair_count(s, 5, 1),
+    "lora+neftune": lambda s, n: _pair_count(s, 3, 2),
+    "lora_plus": lambda s, n: _pair_count(s, 3, 2),
+    "lora_fa": lambda s, n: 3 * LAYERS * 3 * 2 * s.kv,
+    "lora+lora_fa": lambda s, n: _pair_count(s, 2, 1) + 2 * LAYERS * 3 * D,
+    "pissa": lambda s, n: _pair_count(s, 3, 2),
+    "pissa-everywhere": lambda s, n: 2 * (VOCAB + D) + LAYERS * (2 * _pair_all(s) - 2 * (FF + D)),
+    "olora": lambda s, n: LAYERS * 3 * _pair_all(s),
+    "vera": lambda s, n: 3 * LAYERS * 2 * (20 + s.kv),
+    "vera-wider": lambda s, n: 5 + D + 2 * LAYERS * (s.mlp_in * (5 + FF) + 5 + D),
+    "adalora": lambda s, n: _pair_count(s, 3, 1) + 3 * LAYERS * 3 + 2 * LAYERS * 3 * (FF + D + 1),
+    "adalora+lora+head": lambda s, n: (
+        _pair_count(s, 4, 1) + 3 * LAYERS * 4 + 4 * (VOCAB + D + 1) + _pair_count(s, 2, 1) + s.head
     ),
-    "prefix": (CASES["prefix"].trains, lambda s, n: 3 * 2 * 5 * LAYERS * T5_INNER),
-    "prefix-mlp": (r"prefix_mlp/.*", lambda s, n: 5 * D + (D + 1) * 7 + (7 + 1) * 3 * 2 * LAYERS * T5_INNER),
-    "lora+bitfit+head": (
-        r".*/v/kernel/[ab]|.*/bias/value|classification_head/.*",
-        lambda s, n: _t5_count(2, T5_IN) + s.biases + s.head,
-    ),
-    "prefix+lora": (
-        r".*/prefix/(key|value)|.*/q/kernel/[ab]",
-        lambda s, n: 3 * 6 * LAYERS * T5_INNER + _t5_count(2, T5_IN),
-    ),
-    "lora over lora": (r".*/q/kernel/(base/)?[ab]", lambda s, n: _t5_count(5, T5_IN)),
-    "lora+neftune": (T5_QV + "[ab]", lambda s, n: _t5_count(3, T5_IN, T5_IN)),
-    "lora_plus": (T5_QV + "[ab]", lambda s, n: _t5_count(3, T5_IN, T5_IN)),
-    "lora_fa": (T5_QV + "b", lambda s, n: 3 * LAYERS * 3 * 2 * T5_INNER),
-    "lora+lora_fa": (
-        r".*/o/kernel/[ab]|.*/wo/kernel/b",
-        lambda s, n: _t5_count(2, T5_IN) + 2 * LAYERS * 3 * D,
-    ),
-    "pissa": (T5_QV + "[ab]", lambda s, n: _t5_count(3, T5_IN, T5_IN)),
-    "pissa-everywhere": (
-        r".*block_\d+/.*/kernel/[ab]|.*/shared/embedding/[ab]",
-        lambda s, n: 2 * (VOCAB + D) + LAYERS * (2 * T5_ALL - 2 * (FF + D)),
-    ),
-    "olora": (r".*block_\d+/.*/kernel/[ab]", lambda s, n: LAYERS * 3 * T5_ALL),
-    "vera": (T5_QV + "[db]", lambda s, n: 3 * LAYERS * 2 * (20 + T5_INNER)),
-    "vera-wider": (
-        r".*block_\d+/.*/kernel/[db]|.*/shared/embedding/[db]",
-        lambda s, n: 5 + D + 2 * LAYERS * (2 * (5 + FF) + 5 + D),
-    ),
-    "adalora": (
-        r".*/(q|wo)/kernel/(a|lam|b)",
-        lambda s, n: _t5_count(3, T5_IN) + 3 * LAYERS * 3 + 2 * LAYERS * 3 * (FF + D + 1),
-    ),
-    "adalora+lora+head": (
-        r".*/v/kernel/(a|lam|b)|.*/shared/embedding/(a|lam|b)|.*/q/kernel/[ab]|classification_head/.*",
-        lambda s, n: _t5_count(4, T5_IN) + 3 * LAYERS * 4 + 4 * (VOCAB + D + 1) + _t5_count(2, T5_IN) + s.head,
-    ),
-    "dylora": (T5_QV + "[ab]", lambda s, n: _t5_count(3, T5_IN, T5_IN)),
-    "dylora-frozen": (
-        r".*block_\d+/.*/kernel/[ab]|.*/shared/embedding/[ab]",
-        lambda s, n: 4 * (VOCAB + D) + LAYERS * 4 * T5_ALL,
-    ),
-    "adapter": (CASES["adapter"].trains, lambda s, n: 2 * CASES["adapter"].count(s, n)),
-    "pfeiffer": (CASES["pfeiffer"].trains, lambda s, n: 2 * CASES["pfeiffer"].count(s, n)),
-    "parallel_adapter": (CASES["parallel_adapter"].trains, lambda s, n: 2 * CASES["parallel_adapter"].count(s, n)),
-    "mam": (
-        CASES["mam"].trains,
-        lambda s, n: 3 * 2 * 3 * LAYERS * T5_INNER + 2 * LAYERS * (2 * D * 4 + D + 4),
-    ),
-    "ia3": (CASES["ia3"].trains, lambda s, n: LAYERS * (3 * 2 * T5_INNER + 2 * FF)),
-    "ia3-others": (CASES["ia3-others"].trains, lambda s, n: LAYERS * (3 * (T5_INNER + D) + 2 * 2 * FF)),
-    "trainable_tokens": (r".*/shared/embedding/rows", CASES["trainable_tokens"].count),
-    "trainable_tokens-frequent": (r".*/shared/embedding/rows", CASES["trainable_tokens-frequent"].count),
-    "lora+ia3+head": (
-        r".*/[qv]/kernel/[ab]|.*/input/l|classification_head/.*",
-        lambda s, n: _t5_count(2, T5_IN, T5_IN) + 2 * LAYERS * FF + s.head,
-    ),
-    "prefix+adapter": (
-        CASES["prefix+adapter"].trains,
-        lambda s, n: 3 * 6 * LAYERS * T5_INNER + 4 * LAYERS * (2 * D * 2 + D + 2),
-    ),
+    "dylora": lambda s, n: _pair_count(s, 3, 2),
+    "dylora-frozen": lambda s, n: 4 * (VOCAB + D) + LAYERS * 4 * _pair_all(s),
+    **{row: lambda s, n, row=row: 2 * CASES[row].count(s, n) for row in ("adapter", "pfeiffer", "parallel_adapter")},
+    "mam": lambda s, n: 3 * 2 * 3 * LAYERS * s.kv + 2 * LAYERS * (2 * D * 4 + D + 4),
+    "ia3": lambda s, n: LAYERS * (3 * 2 * s.kv + 2 * FF),
+    "ia3-others": lambda s, n: LAYERS * (3 * (s.kv + D) + 2 * s.mlp_in * FF),
+    "lora+ia3+head": lambda s, n: _pair_count(s, 2, 2) + 2 * LAYERS * FF + s.head,
+    "prefix+adapter": lambda s, n: 3 * 6 * LAYERS * s.kv + 4 * LAYERS * (2 * D * 2 + D + 2),
 }
-OTHERS = {"t5": T5}  # family -> its rows that differ
+
+T5_QV, T5_ALL = r".*/[qv]/kernel/", r".*block_\d+/.*/kernel/"
+T5 = {  # other names make another pattern
+    "full-targets": r".*/wo/kernel/value",
+    "bitfit-subset": r".*/(q|wi\d)/bias/value",
+    "lora over fishmask": r".*/kernel/values|.*/q/kernel/(base/values|[ab])",
+    **{row: T5_QV + "[ab]" for row in ("lora", "lora+neftune", "lora_plus", "pissa", "dylora")},
+    "lora_fa": T5_QV + "b",
+    "dora": T5_QV + "([ab]|magnitude)",
+    "vera": T5_QV + "[db]",
+    "rslora-dropout": r".*/k/kernel/[ab]",
+    "olora": T5_ALL + "[ab]",
+    "dora-everywhere": T5_ALL + "([ab]|magnitude)|.*/shared/embedding/([ab]|magnitude)",
+    **{row: T5_ALL + "[ab]|.*/shared/embedding/[ab]" for row in ("lora-patterns", "pissa-everywhere", "dylora-frozen")},
+    "vera-wider": T5_ALL + "[db]|.*/shared/embedding/[db]",
+    "lora+bitfit+head": r".*/v/kernel/[ab]|.*/bias/value|(<head>)/.*",
+    "prefix+lora": r".*/prefix/(key|value)|.*/q/kernel/[ab]",
+    "lora over lora": r".*/q/kernel/(base/)?[ab]",
+    "lora+lora_fa": r".*/o/kernel/[ab]|.*/wo/kernel/b",
+    "adalora": r".*/(q|wo)/kernel/(a|lam|b)",
+    "adalora+lora+head": r".*/v/kernel/(a|lam|b)|.*/embedding/(a|lam|b)|.*/q/kernel/[ab]|(<head>)/.*",
+    "lora+ia3+head": r".*/[qv]/kernel/[ab]|.*/input/l|(<head>)/.*",
+}
+BART = {"norm_tuning": r".*(norm|layernorm_embedding)/(scale|bias)/value"}
+
+
+def _other(patterns, counts):
+    """Rows whose pattern or count is not that of the table."""
+    rows = {*patterns, *counts}
+    return {r: (patterns.get(r, CASES[r].trains), counts.get(r, CASES[r].count)) for r in rows}
+
+
+OTHERS = {  # family -> its rows that differ
+    "t5": _other(T5, PAIRS_OF_STACKS),
+    "bart": _other(BART, PAIRS_OF_STACKS),
+}
 # What is quick runs for every row on Llama and for these on every family; what trains, for a row a method and for the
 # first eight; bfloat16 and the layouts, which compile slowly, for fewer. All of it: `experiments/laws.py`.
 CORE = ("full", "bitfit", "lora", "dora", "fishmask+head", "adapter", "prefix", "prompt")

@@ -72,6 +72,11 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
         return transformers.OPTConfig(
             ffn_dim=sizes.pop("intermediate_size"), init_std=sizes.pop("initializer_range"), **sizes | ends | changes
         )
+    if family == "bart":
+        own = {f"{stack}_{k}": v for stack in ("encoder", "decoder") for k, v in (("layers", LAYERS), ("ffn_dim", 24))}
+        own |= {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "d_model": WIDTH, "init_std": 0.2}
+        own |= {"vocab_size": sizes["vocab_size"], "max_position_embeddings": 64, **ends}
+        return transformers.BartConfig(**own | {"decoder_start_token_id": 3, "forced_eos_token_id": 3} | changes)
     if family == "gpt2":
         return transformers.GPT2Config(n_inner=sizes.pop("intermediate_size"), **sizes | ends | changes)
     if family in ("gemma2", "gemma3_text"):

@@ -1,5 +1,6 @@
 """Model families: one file each. `FAMILIES` maps transformers' `model_type` to the family."""
 
+from .bart import FAMILY as BART
 from .base import Family as Family
 from .bert import FAMILY as BERT
 from .bloom import FAMILY as BLOOM
@@ -19,6 +20,7 @@ from .t5 import FAMILY as T5, MT5
 FAMILIES: dict[str, Family] = {
     f.name: f
     for f in (
+        BART,
         BERT,
         BLOOM,
         DEBERTA,

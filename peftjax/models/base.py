@@ -44,6 +44,7 @@ class Family(NamedTuple):
       start_id: config -> the token that a decoder beside an encoder starts from; None where there is no such pair.
       bare: heads whose files leave the base's name out.
       copies: patterns of names under which files may hold the embedding once more.
+      zero: patterns of paths that a file may leave out; they are zero then.
       unties: whether a head in the file that differs from the embedding counts, though the config ties them.
       places: (pattern, replacement) where a path here is another in Hugging Face's modules.
       order: (config, path) -> where the file's output columns, of a matrix already (inputs, outputs) or of a bias, hold
@@ -72,6 +73,7 @@ class Family(NamedTuple):
     start_id: Callable[[Any], int] | None = None
     bare: tuple[str, ...] = ("none",)
     copies: tuple[str, ...] = ()
+    zero: tuple[str, ...] = ()
     unties: bool = False
     places: tuple[tuple[str, str], ...] = ()
     order: Callable[[Any, str], Any] = lambda config, path: None

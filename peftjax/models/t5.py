@@ -3,6 +3,7 @@
 T5 1.1 and Flan-T5 (gated MLP, a head of its own) and mT5 (Xue et al. 2021, arXiv:2010.11934) are the same module.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -13,22 +14,8 @@ import numpy as np
 
 from ..methods.base import Site
 from .base import Family
-from .layers import (
-    Context,
-    Embed,
-    Linear,
-    Output,
-    RMSNorm,
-    activation,
-    attention,
-    begin,
-    causal_context,
-    hook,
-    last_token,
-    run_blocks,
-    shift_right,
-    write_cache,
-)
+from .encoder_decoder import EncoderDecoder, halves, keys_and_values
+from .layers import Context, Embed, Linear, RMSNorm, activation, attention, hook, run_blocks
 
 
 class Config(NamedTuple):
@@ -102,14 +89,9 @@ class Attention(nn.Module):
             return y.reshape(*x.shape[:2], c.num_heads, c.d_kv)
 
         q = heads("q", x, std * c.d_kv**-0.5)
-        if source is None:
-            k, v = cache
-        else:
-            k, v = heads("k", source, std), heads("v", source, std)
-            if cache is not None and context.index is not None:
-                k, v = cache = write_cache(cache, k, v, context.index)
-            elif context.index is not None:
-                cache = k, v
+        k, v, cache = keys_and_values(
+            lambda source: (heads("k", source, std), heads("v", source, std)), source, cache, context.index
+        )
         seen = k.shape[1]
         k, v = hook(self, "prefix", (k, v), x=x, context=context)
         if bias is not None and (extra := k.shape[1] - seen):  # virtual tokens stand right before the text
@@ -165,8 +147,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x, cache, context: Context, table, bias, memory=None, source=None):
         """`memory`: the encoder's states, None where the cache has their keys; `source`: which may be looked at."""
-        own: Any = None if cache is None else cache[:2]
-        cross: Any = None if cache is None else cache[2:] or None
+        own, cross = halves(cache)
 
         def sublayer(i, inner):
             return SubLayer(self.config, inner, self.decodes, name=f"layer{i}")
@@ -185,7 +166,6 @@ class Block(nn.Module):
 
 class Stack(nn.Module):
     config: Config
-    layers: int
     decodes: bool
     dtype: Any
     remat: bool
@@ -193,6 +173,7 @@ class Stack(nn.Module):
     @nn.compact
     def __call__(self, x, cache, context: Context, *args):
         c, seen = self.config, context.mask
+        layers = c.num_decoder_layers if self.decodes else c.num_layers
         assert seen is not None  # `Base` gives one
         x = nn.Dropout(c.dropout_rate)(x, deterministic=context.deterministic)
         rows, std = c.relative_attention_num_buckets, c.initializer_factor * c.d_model**-0.5
@@ -203,131 +184,17 @@ class Stack(nn.Module):
         def block(name):
             return Block(c, self.decodes, name=name)
 
-        x, cache = run_blocks(
-            self, block, "block", self.layers, x, context, cache, table, bias, *args, remat=self.remat
-        )
+        x, cache = run_blocks(self, block, "block", layers, x, context, cache, table, bias, *args, remat=self.remat)
         x = RMSNorm(c.layer_norm_epsilon, name="final_layer_norm")(x)
         return nn.Dropout(c.dropout_rate)(x, deterministic=context.deterministic), cache
 
 
-class Base(nn.Module):
-    """The embedding that both stacks share, and the stacks."""
-
-    config: Config
-    dtype: Any
-    remat: bool
-
-    def setup(self):
-        c = self.config
-        self.shared = Embed(c.vocab_size, c.d_model, self.dtype, c.initializer_factor)
-        self.encoder = Stack(c, c.num_layers, False, self.dtype, self.remat)
-        self.decoder = Stack(c, c.num_decoder_layers, True, self.dtype, self.remat)
-
-    def encode(self, ids, mask, deterministic):
-        """-> the states, and the mask of those that may be looked at."""
-        x, mask, positions, _ = begin(self, self.shared(ids, mask), mask, None)
-        context = Context(mask[:, None, None].astype(bool), positions, deterministic=deterministic)
-        return self.encoder(x, None, context)[0], mask.astype(bool)
-
-    def decode(self, ids, mask, memory, source, cache, deterministic):
-        positions = jnp.arange(ids.shape[1])[None] + (0 if cache is None else cache.index)
-        context, cache = causal_context(mask, positions, cache, deterministic)
-        layers = None if cache is None else cache.layers
-        x = self.shared(ids, mask)
-        x, layers = self.decoder(x, layers, context, memory, source[:, None, None])
-        return x, None if cache is None else cache._replace(layers=layers, source=source)
-
-    def attend(self, x):
-        return self.shared.attend(x)
-
-
-class ClassificationHead(nn.Module):
-    config: Config
-
-    @nn.compact
-    def __call__(self, x, deterministic):
-        c = self.config
-        std = c.initializer_factor * c.d_model**-0.5
-        drop = nn.Dropout(c.classifier_dropout, deterministic=deterministic)
-        x = jnp.tanh(Linear(c.d_model, std=std, name="dense")(drop(x)))
-        return Linear(c.num_labels, std=std, name="out_proj")(drop(x))
-
-
-class T5(nn.Module):
-    """T5 as a base, a text-to-text model, or a classifier.
-
-    Attributes:
-      config: sizes and rates.
-      head: 'none', 'seq2seq-lm' or 'classification' (reads the decoder at the last end-of-text token of the input,
-        which the decoder is given too, shifted right; without such a token, at the last that is not padding).
-      dtype: of the activations.
-      remat: recompute each block's activations in the backward pass.
-    """
-
-    config: Config
-    head: str = "seq2seq-lm"
-    dtype: Any = jnp.float32
-    remat: bool = False
-
-    @nn.compact
-    def __call__(
-        self,
-        input_ids: Any = None,
-        attention_mask=None,
-        type_ids=None,
-        positions=None,
-        decoder_input_ids=None,
-        decoder_attention_mask=None,
-        cache=None,
-        deterministic=True,
-        last_only=False,
-    ):
-        """Token ids of encoder (batch, source length) and decoder (batch, length) -> `Output` of the decoder.
-
-        Args:
-          input_ids: None where the cache holds a text's keys and values already.
-          attention_mask: of the encoder, 1 at tokens and 0 at padding, on either side.
-          type_ids, positions: must be None; T5 has relative positions only.
-          decoder_input_ids: default: with an empty cache the start token, without one (classification) the input
-            shifted right.
-          decoder_attention_mask: of the decoder; default: all ones, as padding on the right is never looked at.
-          cache: keys and values of the decoder's tokens before these, and of the encoder's states.
-          last_only: logits of the last position only, (batch, 1, vocabulary).
-        """
-        if type_ids is not None or positions is not None:
-            raise ValueError("T5 has no token types and no absolute positions; leave type_ids and positions out")
-        c = self.config
-        base = Base(c, self.dtype, self.remat, name="transformer")
-        if input_ids is None:
-            if cache is None or cache.source is None:
-                raise ValueError("T5 needs input_ids for its encoder, unless a cache holds what it gave")
-            memory, source = None, cache.source
-        else:
-            mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
-            memory, source = base.encode(input_ids, mask, deterministic)
-        ids = decoder_input_ids
-        if ids is None and cache is not None:
-            ids = jnp.full((source.shape[0], 1), start_id(c), jnp.int32)
-        elif ids is None and input_ids is not None and (self.head == "classification" or self.is_initializing()):
-            ids = shift_right(input_ids, start_id(c))
-        elif ids is None:
-            raise ValueError("T5 needs decoder_input_ids: the target after `peftjax.models.layers.shift_right`")
-        seen = jnp.ones_like(ids) if decoder_attention_mask is None else decoder_attention_mask
-        hidden, cache = base.decode(ids, seen, memory, source, cache, deterministic)
-        logits = None
-        if self.head == "seq2seq-lm":
-            hidden = hidden[:, -1:] if last_only else hidden
-            x = hidden * c.d_model**-0.5 if c.scale_decoder_outputs else hidden
-            if c.tie_word_embeddings:
-                logits = base.attend(x)
-            else:
-                logits = Linear(c.vocab_size, False, c.initializer_factor, name="lm_head")(x)
-        elif self.head == "classification":
-            ends = (input_ids == c.eos_token_id) & (mask > 0)
-            ends = jnp.where(ends.any(1, keepdims=True), ends, mask > 0)
-            x = last_token(hidden, ends.astype(int))
-            logits = ClassificationHead(c, name="classification_head")(x, deterministic)
-        return Output(hidden, None, None if logits is None else logits.astype(jnp.float32), cache)
+def unembed(module: nn.Module, base: Any, x: jax.Array) -> jax.Array:
+    c = module.config
+    x = x * c.d_model**-0.5 if c.scale_decoder_outputs else x
+    if c.tie_word_embeddings:
+        return base.attend(x)
+    return Linear(c.vocab_size, False, c.initializer_factor, name="lm_head")(x)
 
 
 def sites(c: Config, head: str) -> tuple[Site, ...]:
@@ -386,7 +253,15 @@ def _family(name: str, prefix: str, absent: dict[str, Any]) -> Family:
     return Family(
         name=name,
         config=Config,
-        module=T5,
+        module=functools.partial(
+            EncoderDecoder,
+            at="transformer",
+            stack=Stack,
+            start=start_id,
+            unembed=unembed,
+            std=lambda c: c.initializer_factor,
+            head_std=lambda c: c.initializer_factor * c.d_model**-0.5,
+        ),
         sites=sites,
         base="transformer",
         heads={
