@@ -422,14 +422,13 @@ def _forced(model: Model, values: Mapping[str, Any]) -> tuple[int | None, int | 
     """`Model.forced` by a config's values."""
     if model.family.start_id is None:
         return None, None
-    first: Any = values.get("forced_bos_token_id")
-    last: Any = values.get("forced_eos_token_id")
+    first, last = (values.get(f"forced_{which}_token_id") for which in ("bos", "eos"))
     if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
         first = values.get("bos_token_id")
     if isinstance(last, list) and len(last) == 1:
         last = last[0]
     most = model.config.vocab_size
-    if any(x is not None and (not isinstance(x, int) or not 0 <= x < most) for x in (first, last)):
+    if not all(x is None or (isinstance(x, int) and 0 <= x < most) for x in (first, last)):
         raise ValueError(
             f"forced_bos_token_id and forced_eos_token_id must each be one of the {most} tokens; got {first!r} and "
             f"{last!r}"
