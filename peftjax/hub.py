@@ -363,14 +363,22 @@ def _read_hf_config(folder: Path) -> Any:
     if "auto_map" in raw:
         raise ValueError(f"{file} asks for remote code (auto_map); peftjax runs none")
     if raw.get("model_type") not in FAMILIES:
-        raise ValueError(
-            f"{file} is of model type {raw.get('model_type')!r}; peftjax has the families {sorted(FAMILIES)}"
-        )
+        raise ValueError(_no_family(file, raw.get("model_type")))
     try:
         config = transformers.AutoConfig.from_pretrained(folder)
     except Exception as e:  # KeyError, TypeError, huggingface_hub's own and others, by the key at fault
         raise ValueError(f"transformers refuses {file}: {e}") from e
     return config
+
+
+def _no_family(where: Any, name: Any) -> str:
+    part = f"{name}_text"  # as transformers calls the language model within a multimodal one
+    if part in FAMILIES:
+        return (
+            f"{where} is of model type {name!r}, which reads more than text; peftjax has the text model alone, "
+            f"{part!r}: write the folder of a checkpoint of that type ({', '.join(FAMILIES[part].heads)})"
+        )
+    return f"{where} is of model type {name!r}; peftjax has the families {sorted(FAMILIES)}"
 
 
 def _check_labels(folder: Path, named: list[str], labels: list[str]) -> None:
@@ -391,7 +399,7 @@ def _set_labels(config: Any, labels: int | list[str]) -> None:
 def _describe(hf_config: Any, task: str | None, dtype: Any, remat: bool, where: Any) -> Model:
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
-        raise ValueError(f"{where}: model type {hf_config.model_type!r}; peftjax has the families {sorted(FAMILIES)}")
+        raise ValueError(_no_family(where, hf_config.model_type))
     architecture = (hf_config.architectures or [None])[0]
     if task is not None:
         if task not in TASKS:

@@ -55,6 +55,11 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
         return transformers.T5Config(**own | changes)
     if family == "gpt2":
         return transformers.GPT2Config(n_inner=sizes.pop("intermediate_size"), **sizes | ends | changes)
+    if family in ("gemma2", "gemma3_text"):
+        sizes |= {"num_key_value_heads": 2, "head_dim": 6, "query_pre_attn_scalar": 6, "sliding_window": 4}
+        if family == "gemma2":
+            return transformers.Gemma2Config(**sizes | ends | changes)
+        return transformers.Gemma3TextConfig(**sizes | {"sliding_window_pattern": 2} | ends | changes)
     sizes |= {"num_key_value_heads": 2, "tie_word_embeddings": False}
     relatives = {
         "mistral": transformers.MistralConfig,

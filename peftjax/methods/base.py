@@ -47,6 +47,7 @@ class Site(NamedTuple):
       parts: of a fused output, name -> slice of the output features; a target may name one of them.
       part: the part of the weight that is meant; None: the whole.
       tied: this embedding is also the output head.
+      scale: what the model multiplies by it after looking up a row of this embedding.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Site(NamedTuple):
     parts: Mapping[str, slice] = {}
     part: str | None = None
     tied: bool = False
+    scale: float = 1.0
 
     @property
     def module(self) -> str:

@@ -82,7 +82,8 @@ def prompt(
             raise ValueError(
                 "prompt: the text has no token ids yet; write with_text_ids(method, tokenizer), or give ids"
             )
-        place, table = where("prompt", params, sites)
+        place, words = where("prompt", params, sites)
+        table = get(params, words.path)
         rows = table.shape[0]
         if ids and max(ids) >= rows:
             raise ValueError(f"prompt: there is no token {max(ids)}; the embedding has {rows} rows")
@@ -92,8 +93,8 @@ def prompt(
             rest = jax.random.uniform(key, (n, place.width), minval=-bound, maxval=bound)
         else:
             most = min(rows, FREQUENT)
-            rest = take(table, jax.random.choice(key, most, (n,), replace=n > most))
-        first = take(table, jnp.asarray(given, jnp.int32))
+            rest = words.scale * take(table, jax.random.choice(key, most, (n,), replace=n > most))
+        first = words.scale * take(table, jnp.asarray(given, jnp.int32))
         return update(params, {f"{place.path}/prompt": Prompt(jnp.concatenate([first.astype(rest.dtype), rest]))})
 
     return method("prompt", arguments, init, trainable=masks.by_node(Prompt))
@@ -110,9 +111,9 @@ def is_token(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
-def where(name: str, params: Tree, sites) -> tuple[Site, Any]:
-    """The site of the model's input, and its table of word embeddings."""
+def where(name: str, params: Tree, sites) -> tuple[Site, Site]:
+    """The sites of the model's input and of its table of word embeddings."""
     by_kind = {s.kind: s for s in sites}
     if not {"input", "embedding"} <= set(by_kind):
         raise ValueError(f"{name}: the sites must name the model's 'input' and 'embedding'; they are {sorted(by_kind)}")
-    return by_kind["input"], get(params, by_kind["embedding"].path)
+    return by_kind["input"], by_kind["embedding"]

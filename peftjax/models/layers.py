@@ -125,18 +125,20 @@ class Linear(nn.Module):
 
 
 class Embed(nn.Module):
-    """Rows of `embedding` (rows, features) by id; `attend` is the head tied to it."""
+    """Rows of `embedding` (rows, features) by id, times `scale`; `attend` is the head tied to it, without."""
 
     rows: int
     features: int
     dtype: Any = jnp.float32
     std: float = 0.02
+    scale: float = 1.0
 
     def setup(self):
         self.embedding = read(self, "embedding", nn.initializers.normal(self.std), (self.rows, self.features))
 
     def __call__(self, ids, context=None):
         y = weights.take(self.embedding, ids).astype(self.dtype)
+        y = y if self.scale == 1.0 else y * jnp.asarray(self.scale, self.dtype)
         return hook(self, "output", y, x=ids, context=context)
 
     def attend(self, x):
