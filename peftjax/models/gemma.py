@@ -35,7 +35,6 @@ from .layers import (
 from .rope import check_rope, rope_angles, rotate
 
 FULL, SLIDING = "full_attention", "sliding_attention"
-EVERYTHING = 2**30  # a window that hides nothing
 
 
 class Config(NamedTuple):
@@ -131,15 +130,14 @@ class Layer(nn.Module):
     config: Config
 
     @nn.compact
-    def __call__(self, x, cache, context: Context, size, turn, cos, sin):
-        """`size`: of the window that this layer looks at; `turn`: which of the rotations, along the first axis."""
+    def __call__(self, x, cache, context: Context, slides, turn, masks, cos, sin):
+        """`masks`: of a layer that slides and of one that does not; `turn`: which rotation, along the first axis."""
         c = self.config
 
         def norm(name):
             return RMSNorm(c.rms_norm_eps, name=name)
 
-        assert context.mask is not None  # an encoder's may be
-        seen = context._replace(mask=window(context.mask, context.index, size))
+        seen = context._replace(mask=jnp.where(slides, *masks))
         h = norm("input_layernorm")(x)
         y, cache = Attention(c, name="self_attn")(h, cache, seen, cos[turn], sin[turn])
         y = norm("post_attention_layernorm")(y)
@@ -171,7 +169,8 @@ class Base(nn.Module):
         positions = hook(self, "shift", positions, x=input_ids, context=None)
         context, cache = causal_context(attention_mask, positions, cache, deterministic, segments)
         sliding = np.array([kind == SLIDING for kind in c.layer_types], bool)
-        sizes = jnp.asarray(np.where(sliding, c.sliding_window or 0, EVERYTHING), jnp.int32)
+        assert context.mask is not None  # `causal_context` gives one
+        near = window(context.mask, c.sliding_window) if c.sliding_window and sliding.any() else context.mask
         ropes = _ropes(c)
         turns = jnp.asarray(sliding & (len(ropes) > 1), jnp.int32)
         angles = (rope_angles(p, c.head_dim, c.max_position_embeddings, positions) for p in ropes.values())
@@ -181,9 +180,9 @@ class Base(nn.Module):
             return Layer(c, name=name)
 
         layers = None if cache is None else cache.layers
-        each, n_layers = (sizes, turns), c.num_hidden_layers
+        each, args = (jnp.asarray(sliding), turns), ((near, context.mask), *angles)
         x, layers = run_blocks(
-            self, block, "layers", n_layers, x, context, layers, *angles, each=each, remat=self.remat
+            self, block, "layers", c.num_hidden_layers, x, context, layers, *args, each=each, remat=self.remat
         )
         x = RMSNorm(c.rms_norm_eps, name="norm")(x[:, n:])
         return x, None if cache is None else cache._replace(layers=layers)
