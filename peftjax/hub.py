@@ -422,11 +422,9 @@ def _forced(model: Model, values: Mapping[str, Any]) -> tuple[int | None, int | 
     """`Model.forced` by a config's values."""
     if model.family.start_id is None:
         return None, None
-    first, last = (values.get(f"forced_{which}_token_id") for which in ("bos", "eos"))
+    first, last = (_only(values.get(f"forced_{which}_token_id")) for which in ("bos", "eos"))
     if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
         first = values.get("bos_token_id")
-    if isinstance(last, list) and len(last) == 1:
-        last = last[0]
     most = model.config.vocab_size
     if not all(x is None or (isinstance(x, int) and 0 <= x < most) for x in (first, last)):
         raise ValueError(
@@ -434,6 +432,10 @@ def _forced(model: Model, values: Mapping[str, Any]) -> tuple[int | None, int | 
             f"{last!r}"
         )
     return first, last
+
+
+def _only(x: Any) -> Any:
+    return x[0] if isinstance(x, list) and len(x) == 1 else x
 
 
 def _write_forced(model: Model, folder: Path) -> None:
