@@ -16,6 +16,8 @@ from ..checkpoint import Adapter, write_atomically
 from ..hub import Model
 from ..layout import unstack_layers
 from ..methods import Method, chain
+from ..methods.ia3 import IA3
+from ..methods.neftune import Noise
 from ..tree import Tree, flatten, nearest, update
 from ..weights import Blocks, Trained, compact, data_fields, is_node, is_quantized, static_fields
 from . import low_rank, selective, virtual
@@ -65,7 +67,7 @@ def load_peft(folder: str | Path, model: Model, revision: str | None = None) -> 
     """
     path = find_folder(folder, revision)
     config = read_config(path)
-    tensors, copies, idle = _read_tensors(path), [], {}
+    tensors, copies, idle = load_tensors(path / WEIGHTS), [], {}
     for name in [n for n in tensors if IDLE.fullmatch(n)]:
         idle[name] = tensors.pop(name).tolist()
     try:
@@ -121,7 +123,8 @@ def _check_fields(config: Mapping[str, Any], form: Format) -> None:
     if bad:
         said = ", ".join(f"{k}={v!r}" for k, v in sorted(bad.items()))
         raise ValueError(
-            f"the configuration has fields that change the result and are not supported for {config['peft_type']}: {said}"
+            f"the configuration has fields that change the result and are not supported for {config['peft_type']}: "
+            f"{said}"
         )
 
 
@@ -163,18 +166,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    file = folder / WEIGHTS
+def load_tensors(file: Path, only_check: bool = False) -> dict[str, np.ndarray]:
+    """The tensors of a safetensors file by name; none, if it is only to be seen whether they can be read.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: there are pickled weights in its stead, or it is truncated.
+    """
     if not file.is_file():
-        if pickles := sorted(p.name for p in folder.glob("adapter_model.*")):
+        if pickles := sorted(p.name for p in file.parent.glob(f"{file.stem}.*")):
             raise ValueError(
-                f"{folder} has weights only as {pickles}: a pickle can run any code when read, so it is refused; save it "
-                "in PEFT again, which writes safetensors"
+                f"{file.parent} has weights only as {pickles}: a pickle can run any code when read, so it is refused; "
+                "save it in PEFT again, which writes safetensors"
             )
-        raise FileNotFoundError(f"{folder} has no {WEIGHTS}")
+        raise FileNotFoundError(f"{file.parent} has no {file.name}")
     try:
         with safe_open(file, framework="flax") as f:
-            return {k: np.asarray(f.get_tensor(k)) for k in f.keys()}  # noqa: SIM118 - safe_open is no mapping
+            names = () if only_check else f.keys()
+            return {k: np.asarray(f.get_tensor(k)) for k in names}
     except SafetensorError as e:
         raise ValueError(f"{file} is truncated or no safetensors file: {e}") from e
 
@@ -216,7 +225,7 @@ def save_peft(
 
 def write(model: Model, method: Method, params: Tree, source: Mapping[str, Any]) -> tuple[Written, dict[str, Any]]:
     """The tensors and the whole configuration of an adapter, read back and compared before anyone sees them."""
-    params = compact(unstack_layers(method.resolve(params, None)))
+    params = _without_noise(compact(unstack_layers(method.resolve(params, None))))
     base = flatten(model.params, is_leaf=is_node)
     nodes = {p: n for p, n in flatten(params, is_leaf=is_node).items() if is_node(n) and n is not base.get(p)}
     norms = {p for p in selective.norms(model) if isinstance(nodes.get(p), Trained)}
@@ -224,7 +233,7 @@ def write(model: Model, method: Method, params: Tree, source: Mapping[str, Any])
     form, norms = FORMATS[kind], norms if kind == "LN_TUNING" else set()
     own = {p: n for p, n in nodes.items() if isinstance(n, form.nodes) or p in norms}
     trained = {p: n for p, n in nodes.items() if isinstance(n, Trained) and p not in own}
-    rest = {p: n for p, n in nodes.items() if p not in own and p not in trained and not _shift(n)}
+    rest = {p: n for p, n in nodes.items() if p not in own and p not in trained}
     _refuse(rest | own, kind, base)
     there = {m.path: m for m in modules(model).values() if "weight" in m.paths}
     w = Writer(model, method, own, there, source)
@@ -233,7 +242,10 @@ def write(model: Model, method: Method, params: Tree, source: Mapping[str, Any])
     targeted = [there[p].name for p in own if p in there]
     whole = selective.write_whole(w, trained, targeted, stem, "lora_only" if kind == "ADALORA" else word)
     written = Written({**written.config, **whole.config}, {**written.tensors, **whole.tensors})
-    config = {"peft_type": kind, "task_type": TASK_TYPES[model.module.head], "inference_mode": True, **written.config}
+    task = TASK_TYPES[model.module.head]
+    if task == "SEQ_CLS" and not written.config.get("modules_to_save"):
+        task = None  # else PEFT would look for a trained head
+    config = {"peft_type": kind, "task_type": task, "inference_mode": True, **written.config}
     for candidate in [dict(source)] * bool(source) + [config]:
         try:
             again, _ = read(model, candidate, written.tensors, [])
@@ -246,6 +258,11 @@ def write(model: Model, method: Method, params: Tree, source: Mapping[str, Any])
     raise ValueError(f"PEFT's {kind} cannot hold {lost[:5]} as they are; merge the adapter, or convert it to LoRA")
 
 
+def _without_noise(tree: Tree) -> Tree:
+    """Without NEFTune's hooks, which act in training only."""
+    return {k: _without_noise(v) if isinstance(v, Mapping) else v for k, v in tree.items() if not isinstance(v, Noise)}
+
+
 def _kind(method: Method, norms: bool) -> str:
     """The `peft_type` of a method; arrays that train whole are norms, or stand beside another method."""
     found = [name for name, _ in method.spec]
@@ -255,16 +272,10 @@ def _kind(method: Method, norms: bool) -> str:
     strange = [name for name in found if name not in KIND and name not in BESIDE]
     if strange or len(kinds) != 1:
         raise ValueError(
-            f"Hugging Face PEFT has no place for {'+'.join(found)}; a folder holds one of {sorted(KIND)}, with a head or "
-            "whole modules beside it. What merges can be converted to LoRA, or saved merged"
+            f"Hugging Face PEFT has no place for {'+'.join(found)}; a folder holds one of {sorted(KIND)}, with a head "
+            "or whole modules beside it. What merges can be converted to LoRA, or saved merged"
         )
     return kinds.pop()
-
-
-def _shift(n: Any) -> bool:
-    from ..methods.prefix import Shift
-
-    return isinstance(n, Shift)
 
 
 def _refuse(nodes: Mapping[str, Any], kind: str, base: Mapping[str, Any]) -> None:
@@ -292,10 +303,8 @@ def _same(x: Any, y: Any) -> bool:
     if x is y:
         return True
     if is_node(x) and is_node(y):
-        from .low_rank import _plain
-
-        x, y = _plain("", x), _plain("", y)
-        if hasattr(x, "factors") and type(x).__name__ == "IA3":
+        x, y = low_rank.plain(x), low_rank.plain(y)
+        if isinstance(x, IA3) and isinstance(y, IA3):
             return np.array_equal(x.factors(), y.factors())
         if type(x) is not type(y):
             return False

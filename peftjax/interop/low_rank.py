@@ -1,7 +1,7 @@
 """LORA (with DoRA, rsLoRA, PiSSA, OLoRA and trained tokens), ADALORA and VERA folders.
 
-PEFT's matrices act from the left: `lora_A` is (r, inputs) and `lora_B` (outputs, r), also beside GPT-2's Conv1D, whose own
-weight is (inputs, outputs). Here A is (inputs, r) and B is (r, outputs).
+PEFT's matrices act from the left: `lora_A` is (r, inputs) and `lora_B` (outputs, r), also beside GPT-2's Conv1D, whose
+own weight is (inputs, outputs). Here A is (inputs, r) and B is (r, outputs).
 """
 
 import math
@@ -77,9 +77,9 @@ def _kind(c: Mapping[str, Any]) -> str:
         return start
     if start not in PLAIN:
         raise ValueError(
-            f"init_lora_weights={start!r} starts from changed base weights, which the folder does not hold; supported are "
-            f"{', '.join(map(repr, PLAIN))}, 'pissa' and 'olora'; PEFT's path_initial_model_for_weight_conversion makes "
-            "a plain LoRA of it"
+            f"init_lora_weights={start!r} starts from changed base weights, which the folder does not hold; supported "
+            f"are {', '.join(map(repr, PLAIN))}, 'pissa' and 'olora'; PEFT's path_initial_model_for_weight_conversion "
+            "makes a plain LoRA of it"
         )
     return "dora" if c.get("use_dora") else "lora"
 
@@ -159,7 +159,7 @@ def write_lora(w: Writer) -> Written:
     tensors: dict[str, np.ndarray] = {}
     config: dict[str, Any] = {}
     found = {p: n for p, n in w.nodes.items() if not isinstance(n, Tokens)}
-    found = {p: _plain(p, n) for p, n in found.items()}
+    found = {p: plain(n) for p, n in found.items()}
     kinds = {type(n) for n in found.values()}
     if len(kinds) > 1:
         raise ValueError(f"a folder holds one kind of adapter; these are {sorted(k.__name__ for k in kinds)}")
@@ -199,6 +199,12 @@ def write_lora(w: Writer) -> Written:
             tensors[f"{STEM}{name}.token_adapter.trainable_tokens_delta"] = rows
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
     start = next((name for name, _ in w.method.spec if name in ("pissa", "olora")), True)
+    if start == "pissa" and arguments.get("niter") is not None:
+        raise ValueError(
+            "PEFT draws the start of a fast PiSSA (niter) anew when it loads; convert it first: as_lora(params)"
+        )
+    if start == "olora" and w.target_fields(chosen, ("linear",))["fan_in_fan_out"]:
+        raise ValueError("PEFT's OLoRA does not turn GPT-2's Conv1D weights; convert it to LoRA first: as_lora(params)")
     config |= {
         "r": rank,
         "lora_alpha": alpha,
@@ -213,8 +219,8 @@ def write_lora(w: Writer) -> Written:
     return Written(config, tensors)
 
 
-def _plain(path: str, n: Any) -> Any:
-    """DyLoRA at its full rank is a LoRA."""
+def plain(n: Any) -> Any:
+    """DyLoRA at its full rank is a LoRA; others stay."""
     if isinstance(n, DyLoRA):
         return LoRA(n.base, n.a, n.b, scale=n.alpha / n.a.shape[1], dropout=n.dropout)
     return n

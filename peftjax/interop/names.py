@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ..hub import Model
-from ..tree import flatten
+from ..tree import flatten, nearest
 from ..weights import is_node
 
 TASK_TYPES = {
@@ -107,7 +107,8 @@ def targets(model: Model, config: Mapping[str, Any], kinds: Iterable[str]) -> li
     else:
         chosen = [m for m in there if not _excluded(config, m.name) and _targeted(config, wanted, m.name)]
     if not chosen:
-        raise ValueError(f"target_modules {wanted!r} matches none of the model's modules, such as {_some(there)}")
+        near = nearest(wanted if isinstance(wanted, str) else " ".join(wanted), [m.name for m in there])
+        raise ValueError(f"target_modules {wanted!r} matches none of the model's modules; the nearest are {near}")
     return chosen
 
 
@@ -179,10 +180,6 @@ def spec_targets(model: Model, paths: Iterable[str]) -> list[str]:
         everywhere = {p for p in all_ if re.fullmatch(general, p)}
         out[general if everywhere <= {*wanted} else re.escape(path)] = None
     return list(out)
-
-
-def _some(found: list[Module]) -> list[str]:
-    return [m.name for m in found[:5]]
 
 
 def array(x: Any) -> np.ndarray:

@@ -10,7 +10,7 @@ from ..hub import Model
 from ..methods import Method, full, head, ia3, norm_tuning
 from ..methods.ia3 import IA3
 from ..methods.trainable_tokens import Tokens
-from ..tree import flatten, get
+from ..tree import flatten
 from ..weights import Trained, is_node
 from . import names
 from .base import STEM, Format, Reader, Writer, Written, contiguous
@@ -194,7 +194,7 @@ def write_whole(w: Writer, trained: dict[str, Trained], targeted: list[str], ste
             name = f"{stem}{m.name}.base_layer.bias" if m.name in targeted else f"{stem}{m.name}.bias"
             tensors[name] = _whole(w, path, left.pop(path))
     fields: dict[str, Any] = {} if word is None else {"bias": kind}
-    return Written({**fields, "modules_to_save": _entries(w.model, whole) or None}, tensors)
+    return Written({**fields, **({"modules_to_save": _entries(w.model, whole)} if whole else {})}, tensors)
 
 
 def _whole(w: Writer, path: str, n: Trained) -> np.ndarray:
