@@ -720,8 +720,8 @@ def inspect(args: Inspect) -> None:
     for name, fact in facts.items():
         _say(f"{name}: {fact}")
     table = Table(box=None)
-    for title, side in (("tensor", "left"), ("times", "right"), ("shape", "left"), ("dtype", "left")):
-        table.add_column(title, justify=side, overflow="fold")
+    for title in ("tensor", "times", "shape", "dtype"):
+        table.add_column(title, overflow="fold")
     for line in lines:
         table.add_row(escape(line.name), str(line.count), " x ".join(map(str, line.shape)), line.dtype)
     console.print(table)

@@ -338,7 +338,7 @@ MNLI = SHARED / "models/roberta_base_lora_mnli/lora_and_head.safetensors"
 
 
 def test_the_verbs(base, tmp_path, call):
-    base_folder, model = base("bert")
+    base_folder, _ = base("bert")
     made_there("bert", base_folder, L(target_modules=["query"])(), tmp_path / "there")
     status, out, err = call("import", tmp_path / "there", "--model", base_folder, "--out", tmp_path / "a.safetensors")
     assert status == 0, err
@@ -502,5 +502,5 @@ def test_vera_without_projections_needs_torch(base, tmp_path, monkeypatch):
     config = peft.VeraConfig(r=8, target_modules=["q_proj"], save_projection=False)
     made_there("llama", base_folder, config, tmp_path / "a")
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
-    with pytest.raises(ValueError, match="without its projections .*only torch can draw again"):
+    with pytest.raises(ValueError, match=r"without its projections .*only torch can draw again"):
         load_peft(tmp_path / "a", model)

@@ -235,7 +235,7 @@ def read_adalora(r: Reader) -> tuple[dict[str, Any], list[Method]]:
     kept = {name.rpartition(".")[0]: sum(flags) for name, flags in (c.get("rank_pattern") or {}).items()}
     for m in r.targets("linear"):
         inputs, outputs = r.weight(m).shape
-        rank = kept.get(m.name, c["init_r"])
+        rank = int(kept.get(m.name, c["init_r"]))
         p = r.take(f"{STEM}{m.name}.lora_A", (rank, inputs)).T
         lam = r.take(f"{STEM}{m.name}.lora_E", (rank, 1))[:, 0]
         q = r.take(f"{STEM}{m.name}.lora_B", (outputs, rank)).T

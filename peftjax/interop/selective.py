@@ -102,7 +102,7 @@ def read_trained_tokens(r: Reader) -> tuple[dict[str, Any], list[Method]]:
         raise ValueError(f"target_modules {wanted!r} of TRAINABLE_TOKENS is not supported; only {table.name!r}")
     name = f"{STEM}{table.name}.trainable_tokens_delta"
     twin = r.tensors.pop(f"{STEM}lm_head.trainable_tokens_delta", None)
-    if twin is not None and not np.array_equal(twin, r.tensors.get(name)):
+    if twin is not None and name in r.tensors and not np.array_equal(twin, r.tensors[name]):
         raise ValueError("the rows of lm_head differ from those of the table that it is tied to")
     return read_tokens(r, table, r.config["token_indices"], name)
 
@@ -135,8 +135,8 @@ def read_whole(r: Reader, stem: str) -> tuple[dict[str, Any], list[Method]]:
     for m in (m for some in found.values() for m in some):
         if m.paths.get("weight") in tied:
             raise ValueError(
-                f"modules_to_save holds {m.name}, which is tied to the head; PEFT trains a copy of it and leaves the head, "
-                "which one table cannot say. Untie the base first (tie_word_embeddings=False)"
+                f"modules_to_save holds {m.name}, which is tied to the head; PEFT trains a copy of it and leaves the "
+                "head, which one table cannot say. Untie the base first (tie_word_embeddings=False)"
             )
         nodes |= {path: Trained(r.whole(f"{stem}{m.name}.{leaf}", path)) for leaf, path in m.paths.items()}
     if r.config.get("bias", "none") != "none":
@@ -186,8 +186,8 @@ def write_whole(w: Writer, trained: dict[str, Trained], targeted: list[str], ste
         fits = set(left) <= set(biases) if kind == "all" else set(left) == own
         if word is None or not fits:
             raise ValueError(
-                f"PEFT's folder has no place for {sorted(left)[:5]}: it holds whole modules, all biases, or all biases of "
-                "the adapted modules"
+                f"PEFT's folder has no place for {sorted(left)[:5]}: it holds whole modules, all biases, or all biases "
+                "of the adapted modules"
             )
         for path in list(left):
             m = biases[path]

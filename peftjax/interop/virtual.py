@@ -17,7 +17,7 @@ TABLE = "prompt_embeddings"
 def read_prefix(r: Reader) -> tuple[dict[str, Any], list[Method]]:
     """Rows of (layers, key and value, heads, size); here each layer has its keys and values, (n, heads, size)."""
     places, n = _attention(r.model), r.config["num_virtual_tokens"]
-    heads, size = places[0].heads[1:]
+    _, heads, size = heads_of(places[0])
     rows = r.take(TABLE, (n, len(places) * 2 * heads * size)).reshape(n, len(places), 2, heads, size)
     nodes: dict[str, Any] = {f"{s.path}/shift": Shift(n) for s in r.model.sites if s.kind == "positions"}
     for i, s in enumerate(places):
@@ -50,10 +50,16 @@ def _attention(model) -> list[Site]:
     """
     if model.family.cache_shape is None or model.family.start_id is not None:
         raise ValueError(
-            f"a prefix of {model.family.name} is not the same in PEFT, which hands keys and values to a cache that only a "
-            "decoder alone has; supported are decoders such as llama and gpt2"
+            f"a prefix of {model.family.name} is not the same in PEFT, which hands keys and values to a cache that "
+            "only a decoder alone has; supported are decoders such as llama and gpt2"
         )
     return sorted((s for s in model.sites if s.kind == "attention"), key=lambda s: s.layer or 0)
+
+
+def heads_of(s: Site) -> tuple[int, int, int]:
+    """(query heads, key/value heads, head size) of an attention site."""
+    assert s.heads is not None  # families give them
+    return s.heads
 
 
 def read_prompt(r: Reader) -> tuple[dict[str, Any], list[Method]]:
@@ -72,20 +78,20 @@ def read_prompt(r: Reader) -> tuple[dict[str, Any], list[Method]]:
 
 
 def write_prompt(w: Writer) -> Written:
-    ((path, n),) = w.nodes.items()
+    (n,) = w.nodes.values()
     place = _input(w.model)
     both = w.model.family.start_id is not None
     rows = contiguous(n.vectors)
     if both:
         rows = np.concatenate([rows, rows if n.unused is None else contiguous(n.unused)])
-    heads = next(s.heads for s in w.model.sites if s.kind == "attention")
+    heads, _, _ = heads_of(next(s for s in w.model.sites if s.kind == "attention"))
     layers = 1 + max(s.layer for s in w.model.sites if s.layer is not None)
     config: dict[str, Any] = {
         "num_virtual_tokens": n.n,
         "num_transformer_submodules": 2 if both else 1,
         "token_dim": place.width,
         "num_layers": layers,
-        "num_attention_heads": heads[0],
+        "num_attention_heads": heads,
     }
     if any(name == "p_tuning" for name, _ in w.method.spec):
         a = w.arguments("p_tuning")
