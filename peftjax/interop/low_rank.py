@@ -232,10 +232,11 @@ def plain(n: Any) -> Any:
 def read_adalora(r: Reader) -> tuple[dict[str, Any], list[Method]]:
     c, nodes = r.config, {}
     alpha = c["lora_alpha"] if c["lora_alpha"] > 0 else float(c["init_r"])
-    kept = {name.rpartition(".")[0]: sum(flags) for name, flags in (c.get("rank_pattern") or {}).items()}
+    flags = c.get("rank_pattern") or {}
+    ranks: dict[str, int] = {name.rpartition(".")[0]: int(np.sum(kept)) for name, kept in flags.items()}
     for m in r.targets("linear"):
         inputs, outputs = r.weight(m).shape
-        rank = int(kept.get(m.name, c["init_r"]))
+        rank = ranks[m.name] if m.name in ranks else int(c["init_r"])
         p = r.take(f"{STEM}{m.name}.lora_A", (rank, inputs)).T
         lam = r.take(f"{STEM}{m.name}.lora_E", (rank, 1))[:, 0]
         q = r.take(f"{STEM}{m.name}.lora_B", (outputs, rank)).T
