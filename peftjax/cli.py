@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 console = Console(width=None if sys.stdout.isatty() else 120)
@@ -333,6 +334,51 @@ class Merge:
     adapter: Path
     out: Path
     param_dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclasses.dataclass
+class Import:
+    """Makes an adapter file of a Hugging Face PEFT folder, or of loralib's tensors.
+
+    Attributes:
+      source: the folder, a hub name, or a safetensors file with loralib's names.
+      model: the base that it was trained on.
+      out: the adapter file.
+      labels: of a classifier; default: as many as the trained head has.
+      alpha: of loralib's LoRA, whose file does not hold it.
+    """
+
+    source: tyro.conf.Positional[str]
+    model: str
+    out: Path
+    labels: int | None = None
+    alpha: float | None = None
+
+
+@dataclasses.dataclass
+class Export:
+    """Writes an adapter file as a folder that Hugging Face PEFT loads.
+
+    Attributes:
+      adapter: the adapter file.
+      model: the base that it was trained on.
+      out: the new folder.
+    """
+
+    adapter: tyro.conf.Positional[Path]
+    model: str
+    out: Path
+
+
+@dataclasses.dataclass
+class Inspect:
+    """Says what an adapter is, without its base.
+
+    Attributes:
+      adapter: an adapter file, a Hugging Face PEFT folder, or a hub name.
+    """
+
+    adapter: tyro.conf.Positional[str]
 
 
 @dataclasses.dataclass
@@ -665,6 +711,33 @@ def merge(args: Merge) -> None:
     _say(f"written: {folder}")
 
 
+def import_(args: Import) -> None:
+    from .interop import import_adapter
+
+    size = import_adapter(args.source, args.model, args.out, labels=args.labels, alpha=args.alpha)
+    _say(f"wrote {args.out}, {size:,} bytes")
+
+
+def export(args: Export) -> None:
+    from .interop import export_adapter
+
+    _say(f"wrote {export_adapter(args.adapter, args.model, args.out)}")
+
+
+def inspect(args: Inspect) -> None:
+    from .interop import inspect
+
+    facts, lines = inspect(args.adapter)
+    for name, fact in facts.items():
+        _say(f"{name}: {fact}")
+    table = Table(box=None)
+    for title in ("tensor", "times", "shape", "dtype"):
+        table.add_column(title, overflow="fold")
+    for line in lines:
+        table.add_row(escape(line.name), str(line.count), " x ".join(map(str, line.shape)), line.dtype)
+    console.print(table)
+
+
 def generate(args: Generate) -> None:
     import jax
 
@@ -804,6 +877,9 @@ VERBS: dict[type, Callable] = {
     Proxy: proxy,
     Icl: icl,
     Merge: merge,
+    Import: import_,
+    Export: export,
+    Inspect: inspect,
     Generate: generate,
     Chat: chat,
     Methods: methods,
@@ -820,6 +896,9 @@ Command = (
     | Annotated[Proxy, tyro.conf.subcommand("proxy")]
     | Annotated[Icl, tyro.conf.subcommand("icl")]
     | Annotated[Merge, tyro.conf.subcommand("merge")]
+    | Annotated[Import, tyro.conf.subcommand("import")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Inspect, tyro.conf.subcommand("inspect")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]

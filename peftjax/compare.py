@@ -318,9 +318,7 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
         raise ValueError(f"{out} holds a model already; choose another --out, or remove that folder")
     out = check_writable(out)
     purpose = hub.task_of(header["base"]["architecture"])
-    labels = header["extra"].get("labels")
-    if purpose == "classification" and labels is None:
-        labels = 1
+    labels = hub.labels_of(header)
     how = header["base"].get("quantized")  # what is written is the function that was trained
     model = hub.load(model_name, purpose, labels=labels if purpose == "classification" else None, quantize=how)
     params = load_adapter(adapter, model).params

@@ -16,9 +16,14 @@ FREQUENT = 5000  # sentencepiece and BPE vocabularies are, roughly, in the order
 
 @node
 class Prompt:
-    """Hook of a model's input: n vectors, (n, width), at the positions 0 to n - 1 before the text."""
+    """Hook of a model's input: n vectors, (n, width), at the positions 0 to n - 1 before the text.
+
+    Attributes:
+      unused: (n, width) that Hugging Face PEFT's files hold for an encoder's decoder and that no one reads.
+    """
 
     vectors: Any
+    unused: Any = None
     trains = ("vectors",)
 
     @property
@@ -97,7 +102,8 @@ def prompt(
         first = words.scale * take(table, jnp.asarray(given, jnp.int32))
         return update(params, {f"{place.path}/prompt": Prompt(jnp.concatenate([first.astype(rest.dtype), rest]))})
 
-    return method("prompt", arguments, init, trainable=masks.by_node(Prompt))
+    saved = masks.by_node(Prompt, "vectors", "unused")
+    return method("prompt", arguments, init, trainable=masks.by_node(Prompt), saved=saved)
 
 
 def check_whole(what: str, value: int) -> None:

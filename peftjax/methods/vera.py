@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from .. import masks
-from ..weights import Weight, attend, dot, materialize, node, static, take
+from ..tree import Tree, flatten
+from ..weights import Weight, attend, dot, is_node, materialize, node, static, take
 from .base import Method, method, plain, select, wrap
 
 
@@ -23,7 +24,7 @@ class VeRA(Weight):
       b: (outputs), after B.
       shared_a: (at least inputs, r).
       shared_b: (r, at least outputs).
-      seed: of the shared arrays.
+      seed: of the shared arrays; None: they come from elsewhere, and files hold them.
       sizes: (inputs, r, outputs) of the shared arrays.
     """
 
@@ -32,7 +33,7 @@ class VeRA(Weight):
     b: jax.Array
     shared_a: jax.Array
     shared_b: jax.Array
-    seed: int = static(default=0)
+    seed: int | None = static(default=0)
     sizes: tuple[int, int, int] = static(default=(1, 1, 1))
     trains = ("d", "b")
     repeats = ("shared_a", "shared_b")
@@ -144,4 +145,10 @@ def vera(
 
         return wrap(key, params, chosen, new)
 
-    return method("vera", plain(arguments), init, masks.by_node(VeRA))
+    return method("vera", plain(arguments), init, masks.by_node(VeRA), saved=_saved)
+
+
+def _saved(params: Tree) -> Tree:
+    """d and b, and shared arrays that no seed gives."""
+    foreign = any(isinstance(n, VeRA) and n.seed is None for n in flatten(params, is_leaf=is_node).values())
+    return masks.by_node(VeRA, *(("d", "b", *VeRA.regrows) if foreign else ()))(params)
