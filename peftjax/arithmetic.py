@@ -250,7 +250,7 @@ def combine_updates(
       ValueError: no updates; not one weight for each, or one that is no finite number; an unknown way; a density that
         is out of range, missing, or given to 'sum'; shapes that differ at a path.
     """
-    _check_choices(changes, weights, how, density, elect)
+    check_choices(len(changes), weights, how, density, elect)
     pairs = list(zip(weights, changes, strict=True))
     paths = list(dict.fromkeys(p for c in changes for p in c))
     for path in paths:
@@ -277,11 +277,12 @@ def combine_updates(
     return out
 
 
-def _check_choices(changes, weights, how, density, elect) -> None:
-    if not changes:
+def check_choices(n: int, weights: Sequence[float], how: str, density: float | None, elect: str) -> None:
+    """Raises as `combine_updates` does, before any of n updates is there."""
+    if not n:
         raise ValueError("there is nothing to combine; give the updates of at least one adapter")
-    if len(weights) != len(changes):
-        raise ValueError(f"there are {len(changes)} adapters and {len(weights)} weights; give one weight for each")
+    if len(weights) != n:
+        raise ValueError(f"there are {n} adapters and {len(weights)} weights; give one weight for each")
     if wrong := [w for w in weights if isinstance(w, str | bool) or not math.isfinite(w)]:
         raise ValueError(f"a weight must be a finite number, such as 0.5 or -1; got {wrong[0]!r}")
     if how not in WAYS:
