@@ -101,6 +101,7 @@ def _changes(base: Tree, params: Tree, fresh: Collection[str]) -> Iterator[tuple
     base, params = unstack_layers(base), unstack_layers(params)
     there = flatten(base, is_leaf=is_node)
     seen = set()
+    _refuse_hooks(params)
     for path, w in _leaves("", params):
         old = there.get(path)
         seen.add(path)
@@ -121,6 +122,17 @@ def _changes(base: Tree, params: Tree, fresh: Collection[str]) -> Iterator[tuple
         raise ValueError(f"the parameters lack {missing[:3]} ({len(missing)} in all), which the base has: another base")
 
 
+def _refuse_hooks(params: Tree) -> None:
+    """Raises where a hook cannot be folded; of several, the message names the deepest."""
+    hooks = {p: n for p, n in flatten(params, is_leaf=is_node).items() if is_node(n) and not isinstance(n, Weight)}
+    if found := [p for p, n in hooks.items() if getattr(type(n), "fold", None) is None]:
+        path = max(found, key=lambda p: p.count("/"))
+        raise ValueError(
+            f"no arithmetic with {path}: {type(hooks[path]).__name__} computes what no weight of the base can hold; "
+            "keep it as an adapter file"
+        )
+
+
 def _is_new_bias(path: str, there: Mapping) -> bool:
     module, _, name = path.rpartition("/")
     return name == "bias" and f"{module}/kernel" in there
@@ -133,14 +145,8 @@ def _leaves(path: str, tree: Mapping) -> Iterator[tuple[str, Any]]:
     before = {k: v if isinstance(v, Mapping) else _wide(v) for k, v in rest.items()} if hooks else rest
     after = before
     for name, hook in hooks.items():
-        fold = getattr(type(hook), "fold", None)
-        if fold is None:
-            raise ValueError(
-                f"no arithmetic with {path}{name}: {type(hook).__name__} computes what no weight of the base can "
-                "hold; keep it as an adapter file"
-            )
         try:
-            after = dict(fold(_wide(hook), after))
+            after = dict(type(hook).fold(_wide(hook), after))
         except ValueError as e:
             raise ValueError(f"no arithmetic with {path}{name}: {e}") from e
     for k, v in after.items():
@@ -337,7 +343,7 @@ def drop(change: Mapping[str, Update], density: float, key: jax.Array) -> dict[s
     _check_density(density, "drop")
 
     def one(path, x):
-        kept = np.asarray(jax.random.bernoulli(path_key(key, path), density, x.shape))
+        kept = np.asarray(jax.random.bernoulli(path_key(key, path), float(density), x.shape))
         return np.where(kept, x / np.float32(density), np.float32(0))
 
     return {path: one(path, dense(x)) for path, x in change.items()}

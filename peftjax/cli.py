@@ -939,16 +939,14 @@ def _rates(text: str) -> dict[str, float]:
 
 def _weighted(text: str) -> list[tuple[str, float]]:
     pairs = []
-    for item in filter(str.strip, text.split(",")):
-        file, _, weight = item.strip().rpartition("=")
+    for item in filter(None, map(str.strip, text.split(","))):
+        file, _, weight = item.rpartition("=")
         try:
             pairs.append((file, float(weight)))
         except ValueError:
             file = ""
         if not file:
-            raise ValueError(
-                f"cannot read the adapter {item.strip()!r}; write a file and its weight: {item.strip()}=0.5"
-            )
+            raise ValueError(f"cannot read the adapter {item!r}; write a file and its weight, such as {item}=0.5")
     return pairs
 
 
