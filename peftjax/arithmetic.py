@@ -400,7 +400,7 @@ def compress(change: Update, rank: int | None = None, energy: float | None = Non
     u, s, v = _svd(change)
     if not np.isfinite(s).all():
         raise ValueError("the change is not finite")
-    there = int((s > s[:1] * max(change.shape) * np.finfo(np.float32).eps).sum())
+    there = int((s > 8 * np.finfo(np.float32).eps * s[:1]).sum())  # below, only the rounding of float32 is left
     if not there:
         return None, Kept(0, 1.0, 0.0)
     shares = np.cumsum(np.square(s, dtype=np.float64))
@@ -653,12 +653,15 @@ def swap(params: Tree, other: Tree) -> Tree:
 
 
 def _taken(path: str, is_the_bases: bool, old: Any, new: Any) -> Any:
-    if old is new or (not jnp.issubdtype(old.dtype, jax.dtypes.prng_key) and bool(jnp.array_equal(old, new))):
+    if old is new:
+        return old
+    if isinstance(old, jax.Array):  # jit tells apart what was put on a device and what merely is there
+        away = isinstance(new, jax.Array) and new.committed
+        new = jax.device_put(new, old.sharding) if old.committed else jnp.asarray(jax.device_get(new) if away else new)
+    if not jnp.issubdtype(old.dtype, jax.dtypes.prng_key) and bool(jnp.array_equal(old, new)):
         return old
     if is_the_bases:
         raise ValueError(f"swap: {path} is the base's, and the two differ there: these are adapters of different bases")
-    if isinstance(old, jax.Array) and isinstance(new, jax.Array):  # else what is new is moved at each call
-        return jax.device_put(new, old.sharding) if old.committed else jnp.asarray(jax.device_get(new))
     return new
 
 

@@ -1,4 +1,4 @@
-"""The verbs: compare methods on one model and task, train one, evaluate or merge an adapter."""
+"""The verbs: compare methods on one model and task, train one, evaluate, merge or combine adapters."""
 
 import dataclasses
 import os
@@ -43,6 +43,8 @@ from .run import (
 from .tasks import Chats, Task, get_task
 from .train import NonFinite, Settings
 from .tree import count, flatten, partition
+
+KEPT = ("task", "labels", "chats", "chat_template")  # of an adapter file's extras, what holds for a combination too
 
 
 def compare(
@@ -392,9 +394,6 @@ def combine_adapters(
     return made, save_adapter(out, model, made.method, made.params, extra)
 
 
-KEPT = ("task", "labels", "chats", "chat_template")  # of an adapter file's extras, what holds for a combination too
-
-
 def extract_difference(
     model_name: str, tuned: str, out: str | Path, *, rank: int | None = None, energy: float | None = None
 ) -> tuple[Combined, int]:
@@ -410,14 +409,12 @@ def extract_difference(
     after = hub.load(tuned)
     purpose = hub.task_of(after.hf_config.architectures[0])
     names = after.hf_config.id2label
-    labels = [str(names[i]) for i in sorted(names)] if purpose == "classification" else None
-    if labels is not None and len(labels) == 1:  # regression
-        labels = None
-    count = len(names) if purpose == "classification" else None
-    before = hub.load(model_name, purpose, labels=labels or count)
+    labels = [str(names[i]) for i in sorted(names)] if purpose == "classification" else []
+    before = hub.load(model_name, purpose, labels=labels or None)
     made = difference(before, after, rank, energy)
     origin = {"tuned": Path(tuned).name, "rank": rank, "energy": energy}
-    return made, save_adapter(out, before, made.method, made.params, {"labels": labels, "difference": origin})
+    known = labels if len(labels) > 1 else None  # one: regression
+    return made, save_adapter(out, before, made.method, made.params, {"labels": known, "difference": origin})
 
 
 def set_up(

@@ -613,6 +613,15 @@ def test_combine_takes_a_difference(files, call):
     model = hub.load(files / "base")
     close(load_adapter(out, model).params, hub.load(files / "tuned").params)
 
+    encoder, tuned, merged = (files / name for name in ("bert", "bert-tuned", "bert-merged"))  # with a head of its own
+    new = hub.load(tiny.folder(encoder, "bert"), "classification", labels=["no", "yes"])
+    hub.save(new, adapted(new, chain(lora(rank=2), head())), tuned, tiny.tokenizer())
+    arguments = ("combine", "--difference", tuned, "--model", encoder, "--energy", 1, "--out", out)
+    assert call(*arguments)[0] == 0
+    assert read_header(out)["extra"]["labels"] == ["no", "yes"]
+    assert call("merge", "--model", encoder, "--adapter", out, "--out", merged)[0] == 0
+    close(hub.load(merged).params, hub.load(tuned).params)
+
 
 def test_combine_says_what_is_wrong(files, call):
     a, b = files / "a.safetensors", files / "b.safetensors"
