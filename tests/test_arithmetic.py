@@ -154,6 +154,7 @@ def test_products_stay_products_of_their_rank(model, name):
 def test_parts_of_a_fused_weight_stand_in_their_columns(models):
     model = models["gpt2"]
     params = adapted(model, lora(rank=2, targets=["query", "value"], rank_pattern={"value": 3}))
+    assert_updates(updates(model, params), changes_of(model, params))
     change = updates(model, params)["transformer/h_0/attn/c_attn/kernel"]
     assert isinstance(change, Product)
     assert change.rank == 5
