@@ -1,6 +1,6 @@
 """Parameter-efficient fine-tuning in JAX: every method is a tree transform plus a mask."""
 
-from . import hub as hub, masks as masks, quantize as quantize, train as train
+from . import arithmetic as arithmetic, hub as hub, masks as masks, quantize as quantize, train as train
 from .layout import stack_layers as stack_layers, unstack_layers as unstack_layers
 from .methods import (
     METHODS as METHODS,

@@ -22,7 +22,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from .hub import Model, fingerprint
+from .hub import Model, fingerprint, load, task_of
 from .layout import unstack_layers
 from .methods import Method, from_spec
 from .methods.base import virtual_tokens
@@ -151,6 +151,14 @@ def read_header(file: str | Path) -> dict:
       ValueError: it is truncated, no safetensors file, or no adapter file of this format.
     """
     return _open(file)[0]
+
+
+def base_of(header: dict, model_name: str) -> Model:
+    """Loads the base that an adapter file's header asks for: its task, labels and quantisation."""
+    purpose = task_of(header["base"]["architecture"])
+    labels = header["extra"].get("labels") or header["extra"].get("num_labels") or 1
+    how = header["base"].get("quantized")
+    return load(model_name, purpose, labels=labels if purpose == "classification" else None, quantize=how)
 
 
 def load_adapter(file: str | Path, model: Model) -> Adapter:

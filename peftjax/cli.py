@@ -382,6 +382,35 @@ class Inspect:
 
 
 @dataclasses.dataclass
+class Combine:
+    """Makes one adapter of several by arithmetic on what they change; or of a tuned model, its difference to a base.
+
+    Attributes:
+      out: the new adapter file.
+      model: the base of the adapters.
+      adapters: adapter files, each with its weight: a.safetensors=0.7,b.safetensors=-0.3; below 0: subtracted.
+      difference: folder or hub name of a tuned model, instead of adapters.
+      how: the exact sum; or TIES, DARE, both, or pruning by magnitude, which need a density.
+      density: share of the entries of each adapter's change that is kept.
+      elect: the sign of an entry in TIES: of the sum, or of the greater number of adapters.
+      rank: of the result's matrices, at most; default: as exact as it comes, whole arrays where no product will do.
+      energy: share of each matrix's sum of squares that the result keeps.
+      seed: of what DARE drops.
+    """
+
+    out: Path
+    model: str = "tiny-books"
+    adapters: str = ""
+    difference: str | None = None
+    how: Literal["sum", "ties", "dare", "dare-ties", "prune"] = "sum"
+    density: float | None = None
+    elect: Literal["total", "frequency"] = "total"
+    rank: int | None = None
+    energy: float | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass
 class Speaker:
     """What writes.
 
@@ -738,6 +767,29 @@ def inspect(args: Inspect) -> None:
     console.print(table)
 
 
+def combine(args: Combine) -> None:
+    from . import compare as comparison
+
+    form = {"rank": args.rank, "energy": args.energy}
+    if bool(args.adapters) == (args.difference is not None):
+        raise ValueError("give either --adapters a.safetensors=0.5,b.safetensors=0.5 or --difference TUNED_FOLDER")
+    if args.difference is not None:
+        if args.how != "sum" or args.density is not None:
+            raise ValueError("--how and --density are for --adapters; leave them out with --difference")
+        made, size = comparison.extract_difference(args.model, args.difference, args.out, **form)
+    else:
+        choices: dict[str, Any] = {name: getattr(args, name) for name in ("how", "density", "elect", "seed")}
+        made, size = comparison.combine_adapters(args.model, _weighted(args.adapters), args.out, **choices, **form)
+    if made.kept:
+        ranks = [k.rank for k in made.kept.values()]
+        spread = f"{min(ranks)} to {max(ranks)}" if min(ranks) < max(ranks) else ranks[0]
+        _say(
+            f"{len(ranks)} matrices of rank {spread}, {100 * made.energy:.4g}% or more of the squares of each; "
+            f"largest error {made.error:.3g} in spectral norm"
+        )
+    _say(f"written: {args.out}, {size:,} bytes", style="dim")
+
+
 def generate(args: Generate) -> None:
     import jax
 
@@ -880,6 +932,7 @@ VERBS: dict[type, Callable] = {
     Import: import_,
     Export: export,
     Inspect: inspect,
+    Combine: combine,
     Generate: generate,
     Chat: chat,
     Methods: methods,
@@ -899,6 +952,7 @@ Command = (
     | Annotated[Import, tyro.conf.subcommand("import")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Inspect, tyro.conf.subcommand("inspect")]
+    | Annotated[Combine, tyro.conf.subcommand("combine")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
@@ -991,6 +1045,19 @@ def _rates(text: str) -> dict[str, float]:
             raise ValueError(f"cannot read the learning rate {item!r}; write 1e-3, or full=1e-4,lora=1e-3") from None
         rates |= dict.fromkeys(parse(name) if name.strip() else [""], rate)
     return rates
+
+
+def _weighted(text: str) -> list[tuple[str, float]]:
+    pairs = []
+    for item in filter(None, map(str.strip, text.split(","))):
+        file, _, weight = item.rpartition("=")
+        try:
+            pairs.append((file, float(weight)))
+        except ValueError:
+            file = ""
+        if not file:
+            raise ValueError(f"cannot read the adapter {item!r}; write a file and its weight, such as {item}=0.5")
+    return pairs
 
 
 def _ranks(text: str) -> list[int]:

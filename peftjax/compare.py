@@ -1,4 +1,4 @@
-"""The verbs: compare methods on one model and task, train one, evaluate or merge an adapter."""
+"""The verbs: compare methods on one model and task, train one, evaluate, merge or combine adapters."""
 
 import dataclasses
 import os
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from rich.table import Table
 
 from . import hub, report
+from .arithmetic import Combined, adapter, check_choices, combine_updates, difference, updates
 from .chat import adopt_template
-from .checkpoint import load_adapter, read_header
+from .checkpoint import base_of, load_adapter, read_header, save_adapter
 from .data import load_rows
 from .generate import Decoding
 from .hub import Model
@@ -42,6 +43,8 @@ from .run import (
 from .tasks import Chats, Task, get_task
 from .train import NonFinite, Settings
 from .tree import count, flatten, partition
+
+KEPT = ("task", "labels", "chats", "chat_template")  # of an adapter file's extras, what holds for a combination too
 
 
 def compare(
@@ -317,14 +320,91 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
     if (Path(out) / "config.json").exists():
         raise ValueError(f"{out} holds a model already; choose another --out, or remove that folder")
     out = check_writable(out)
-    purpose = hub.task_of(header["base"]["architecture"])
-    labels = hub.labels_of(header)
-    how = header["base"].get("quantized")  # what is written is the function that was trained
-    model = hub.load(model_name, purpose, labels=labels if purpose == "classification" else None, quantize=how)
+    model = base_of(header, model_name)  # quantised as then: what is written is the function that was trained
     params = load_adapter(adapter, model).params
     tokenizer = hub.load_tokenizer(model_name)
     adopt_template(tokenizer, adapter)
     return hub.save(model, params, out, tokenizer, jnp.dtype(param_dtype))
+
+
+def combine_adapters(
+    model_name: str,
+    adapters: Sequence[tuple[str | Path, float]],
+    out: str | Path,
+    *,
+    how: str = "sum",
+    density: float | None = None,
+    elect: str = "total",
+    seed: int = 0,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> tuple[Combined, int]:
+    """Writes one adapter made of several of one base; the result and the file's size.
+
+    Args:
+      adapters: (file, weight) of each.
+      how, density, elect, seed: as for `peftjax.arithmetic.combine_updates`.
+      rank, energy: as for `peftjax.arithmetic.adapter`.
+
+    Raises:
+      ValueError: no adapters; adapters of different bases or labels, or of another base than the model; one that cannot
+        be merged; or bad choices.
+    """
+    if not adapters:
+        raise ValueError("combine: there are no adapters; write --adapters a.safetensors=0.5,b.safetensors=0.5")
+    files, weights = [f for f, _ in adapters], [w for _, w in adapters]
+    check_choices(len(files), weights, how, density, elect)
+    headers = [read_header(f) for f in files]
+    first = headers[0]
+    for file, header in zip(files, headers, strict=True):
+        if header["base"] != first["base"]:
+            said = [", ".join(f"{k} {v}" for k, v in h["base"].items()) for h in (first, header)]
+            raise ValueError(
+                f"combine: the adapters are of different bases: {files[0]} of {said[0]}; {file} of {said[1]}"
+            )
+        if header["extra"].get("labels") != first["extra"].get("labels"):
+            said = [h["extra"].get("labels") for h in (first, header)]
+            raise ValueError(f"combine: {files[0]} was trained for the labels {said[0]}, {file} for {said[1]}")
+    model = base_of(first, model_name)
+    changes = []
+    for file in files:
+        try:
+            changes.append(updates(model, load_adapter(file, model).params))
+        except ValueError as e:
+            raise ValueError(f"{file}: {e}") from e
+    choices = {"density": density, "elect": elect, "seed": seed}
+    made = adapter(model, combine_updates(changes, weights, how, **choices, exempt=model.fresh), rank, energy)
+    extras = [h["extra"] for h in headers]
+    extra = {k: v for k, v in extras[0].items() if k in KEPT and all(x.get(k) == v for x in extras)}
+    longest = [x.get("config", {}).get("max_new_tokens") for x in extras]
+    if all(longest):  # so that texts are as long as when they were trained
+        extra["config"] = {"max_new_tokens": max(longest)}
+    origin = {"adapters": [[Path(f).name, w] for f, w in adapters], "how": how, **choices}
+    extra["combined"] = {**origin, "rank": rank, "energy": energy}
+    return made, save_adapter(out, model, made.method, made.params, extra)
+
+
+def extract_difference(
+    model_name: str, tuned: str, out: str | Path, *, rank: int | None = None, energy: float | None = None
+) -> tuple[Combined, int]:
+    """Writes what tuning changed of a model as an adapter of it; the result and the file's size.
+
+    Args:
+      tuned: folder or name of the tuned model.
+      rank, energy: as for `peftjax.arithmetic.difference`.
+
+    Raises:
+      ValueError: as `difference` does.
+    """
+    after = hub.load(tuned)
+    purpose = hub.task_of(after.hf_config.architectures[0])
+    names = after.hf_config.id2label
+    labels = [str(names[i]) for i in sorted(names)] if purpose == "classification" else []
+    before = hub.load(model_name, purpose, labels=labels or None)
+    made = difference(before, after, rank, energy)
+    origin = {"tuned": Path(tuned).name, "rank": rank, "energy": energy}
+    known = labels if len(labels) > 1 else None  # one: regression
+    return made, save_adapter(out, before, made.method, made.params, {"labels": known, "difference": origin})
 
 
 def set_up(

@@ -213,11 +213,6 @@ def task_of(architecture: str) -> str:
     return next(task for task, fit in TASKS.items() if heads[architecture] in fit)
 
 
-def labels_of(header: Mapping) -> list[str] | int:
-    """The labels of a classifier, from the header of an adapter file, or how many there are."""
-    return header["extra"].get("labels") or header["extra"].get("num_labels") or 1
-
-
 def redraw(model: Model, seed: int) -> Model:
     """The model with the parameters that no file held, its new task head, drawn from another seed."""
     dtype = get(model.params, model.fresh[0]).dtype

@@ -138,6 +138,14 @@ class Weight:
         """`x @ W.T`, the head tied to an embedding."""
         return jax.checkpoint(lambda w, x: _attend(w.materialize(), x))(self, x)
 
+    def factors(self) -> tuple[jax.Array, jax.Array] | None:
+        """`a`, (inputs, r), and `b`, (r, outputs), where `W = base + a b`; None where the change is no such product.
+
+        Raises:
+          ValueError: no single table stands for this node.
+        """
+        return None
+
     def ready(self) -> "Weight":
         """The node with what all its products compute of its own arrays computed once; any number of layers."""
         return self

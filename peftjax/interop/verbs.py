@@ -9,7 +9,7 @@ import numpy as np
 from safetensors import safe_open
 
 from .. import hub
-from ..checkpoint import Adapter, load_adapter, read_header, save_adapter
+from ..checkpoint import Adapter, base_of, load_adapter, read_header, save_adapter
 from .base import STEM
 from .folder import CONFIG, WEIGHTS, find_folder, load_peft, load_tensors, read, read_config, save_peft
 from .names import TASK_TYPES
@@ -94,9 +94,7 @@ def export_adapter(file: str | Path, model_name: str, out: str | Path) -> Path:
     if (Path(out) / CONFIG).exists():
         raise ValueError(f"{out} holds an adapter already; choose another --out, or remove that folder")
     header = read_header(file)
-    purpose = hub.task_of(header["base"]["architecture"])
-    labels = hub.labels_of(header) if purpose == "classification" else None
-    model = hub.load(model_name, purpose, labels=labels, quantize=header["base"].get("quantized"))
+    model = base_of(header, model_name)
     adapter = load_adapter(file, model)
     return save_peft(out, model, adapter.method, adapter.params, adapter.header["extra"], base=model_name)
 

@@ -33,6 +33,9 @@ class AdaLoRA(Weight):
         """The same with Λ multiplied into P."""
         return LoRA(self.base, self.a * self.lam[..., None, :], self.b, self.key, self.scale, self.dropout)
 
+    def factors(self):
+        return self.lora().factors()
+
     def materialize(self):
         return self.lora().materialize()
 

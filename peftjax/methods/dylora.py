@@ -47,6 +47,9 @@ class DyLoRA(Weight):
         a = first(self.a, -1) * (self.alpha / rank)
         return LoRA(self.base, a, first(self.b, -2), self.key, dropout=self.dropout)
 
+    def factors(self):
+        return self.lora().factors()
+
     def materialize(self):
         return self.lora().materialize()
 

@@ -34,6 +34,10 @@ class LoRA(Weight):
     ratio: float = static(default=1.0)
     trains: tuple[str, ...] = static(default=("a", "b"))
 
+    def factors(self):
+        check_whole(self)
+        return self.a, self.scale * self.b
+
     def materialize(self):
         return low_rank_sum(self).astype(self.dtype)
 
@@ -56,14 +60,19 @@ def low_rank_sum(w: Any) -> jax.Array:
     Raises:
       ValueError: it acts on the look-up of a tied embedding only.
     """
+    check_whole(w)
+    base, product = materialize(w.base), w.scale * (w.a @ w.b)
+    wide = max(base.dtype, product.dtype, key=lambda dtype: dtype.itemsize)
+    return base.astype(wide) + product.astype(wide)
+
+
+def check_whole(w: Any) -> None:
+    """Raises where a LoRA or DoRA acts on the look-up of a tied embedding only."""
     if w.only:
         raise ValueError(
             f"this {type(w).__name__} acts on the look-up of a tied embedding only, so no single table stands for it; "
             "train with tied_embedding='both' to merge"
         )
-    base, product = materialize(w.base), w.scale * (w.a @ w.b)
-    wide = max(base.dtype, product.dtype, key=lambda dtype: dtype.itemsize)
-    return base.astype(wide) + product.astype(wide)
 
 
 def drop(x: jax.Array, key: jax.Array | None, rate: float) -> jax.Array:

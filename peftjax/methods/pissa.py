@@ -45,6 +45,9 @@ class Moved(Weight):
         b = jnp.concatenate([self.b, self.b - self.b0], axis=-2)
         return LoRA(self.base, a, b, self.key, scale=self.scale, dropout=self.dropout, only=self.only)
 
+    def factors(self):
+        return self.lora().factors()
+
     def materialize(self):
         return self.lora().materialize()
 

@@ -34,11 +34,20 @@ class Tokens(Weight):
     trains = ("rows",)
     repeats = ("ids", "rows")
 
-    def materialize(self):
+    def factors(self):
+        """Unit vectors, and by how much each row has moved."""
+        self._check_whole()
+        ones = jax.nn.one_hot(self.ids, self.shape[0], axis=0, dtype=self.rows.dtype)
+        return ones, self.rows - take(self.base, self.ids).astype(self.rows.dtype)
+
+    def _check_whole(self):
         if self.only:
             raise ValueError(
                 "these Tokens act on the look-up of a tied embedding only; train with tied_embedding='both'"
             )
+
+    def materialize(self):
+        self._check_whole()
         w = materialize(self.base)
         return w.at[self.ids].set(self.rows.astype(w.dtype))
 
