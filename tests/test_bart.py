@@ -303,8 +303,14 @@ def test_sites_name_the_tree(task):
 
 
 def test_counts():
-    """The total of bart-base as transformers counts its parameters, and the buffer; of bart-large, see test_counts.py."""
-    base = {"d_model": 768, "encoder_ffn_dim": 3072, "decoder_ffn_dim": 3072, "encoder_layers": 6, "decoder_layers": 6}
+    """The total of bart-base as transformers counts its parameters, and the buffer; bart-large is in test_counts.py."""
+    base: Any = {
+        "d_model": 768,
+        "encoder_ffn_dim": 3072,
+        "decoder_ffn_dim": 3072,
+        "encoder_layers": 6,
+        "decoder_layers": 6,
+    }
     small = transformers.BartConfig(**base, encoder_attention_heads=12, decoder_attention_heads=12)
     assert count(hub.from_config(small, "seq2seq", seed=None).params) == 139_420_416 + 50_265
 
