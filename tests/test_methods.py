@@ -259,14 +259,18 @@ def _gemma(config) -> hub.Model:
 
 
 def bart() -> hub.Model:
-    sizes = {"layers": LAYERS, "attention_heads": HEADS, "ffn_dim": FF}
     config = transformers.BartConfig(
         vocab_size=VOCAB,
         d_model=D,
+        encoder_layers=LAYERS,
+        decoder_layers=LAYERS,
+        encoder_attention_heads=HEADS,
+        decoder_attention_heads=HEADS,
+        encoder_ffn_dim=FF,
+        decoder_ffn_dim=FF,
         max_position_embeddings=64,
         dropout=0.0,
         init_std=0.3,
-        **{f"{stack}_{k}": v for stack in ("encoder", "decoder") for k, v in sizes.items()},
     )
     return _noisy(hub.from_config(config, "classification", labels=LABELS))
 

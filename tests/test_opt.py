@@ -262,3 +262,18 @@ def test_hooks_of_both_orders(key):
         assert jnp.array_equal(seen["after_mlp"][1], got) is not before
         norm = LayerNorm(1e-5).apply({"params": params["self_attn_layer_norm"]}, x) if before else x
         assert_same(seen["attention_output"][0], norm, atol=0)
+
+
+def test_packed_texts(tmp_path):
+    """Two texts in a row say what each says alone."""
+    model = moved(torch_opt("pre-norm"), tmp_path)
+    ids = texts(9, rows=1)["input_ids"]
+    packed = {
+        "input_ids": ids,
+        "attention_mask": np.array([[1] * 8 + [0]]),
+        "segment_ids": np.array([[1, 1, 1, 2, 2, 2, 2, 2, 0]]),
+        "positions": np.array([[0, 1, 2, 0, 1, 2, 3, 4, 0]]),
+    }
+    got = ours(model, packed).logits[0]
+    for place in (slice(0, 3), slice(3, 8)):
+        assert_same(got[place], ours(model, {"input_ids": ids[:, place]}).logits[0])
