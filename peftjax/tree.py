@@ -6,7 +6,7 @@ A node (see `peftjax.weights`) may stand where an array was; its fields continue
 
 import difflib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -63,6 +63,36 @@ def matches(pattern: str, path: str) -> bool:
         return re.fullmatch(pattern, path) is not None
     except re.error as e:
         raise ValueError(f"the pattern {pattern!r} is no valid regular expression: {e}") from e
+
+
+def patterns(paths: Iterable[str], of: Iterable[str]) -> list[str]:
+    """Patterns that match these paths and no others `of` all: the layers of one place share one.
+
+    >>> there = ["h_0/q", "h_1/q", "h_0/v", "h_1/v", "h_2/v", "head"]
+    >>> patterns(["h_0/q", "h_1/q", "h_0/v", "h_2/v", "head"], there)
+    ['h_\\\\d+/q', 'h_(0|2)/v', 'head']
+    """
+    layers: dict[tuple[str, str], list[str]] = {}
+    for path in of:
+        place, number = _place(path)
+        layers.setdefault(place, []).append(number)
+    chosen: dict[tuple[str, str], list[str]] = {}
+    for path in paths:
+        place, number = _place(path)
+        chosen.setdefault(place, []).append(number)
+
+    def pattern(place, numbers):
+        every = len(numbers) == len(layers[place]) > 1
+        middle = r"\d+" if every else numbers[0] if len(numbers) == 1 else f"({'|'.join(numbers)})"
+        return re.escape(place[0]) + middle + re.escape(place[1])
+
+    return [pattern(place, numbers) for place, numbers in chosen.items()]
+
+
+def _place(path: str) -> tuple[tuple[str, str], str]:
+    """A path without the number of its layer, and that number, '' if there is none."""
+    m = re.fullmatch(r"(.*?_)(0|[1-9]\d*)(/.*)", path)
+    return ((path, ""), "") if m is None else ((m[1], m[3]), m[2])
 
 
 def get(tree: Tree, path: str) -> Any:

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from conftest import SHARED, needs_shared
 
-from peftjax import chain, hub, merge
+from peftjax import METHODS, chain, hub, merge
+from peftjax.arithmetic import to_lora
 from peftjax.checkpoint import load_adapter, save_adapter
 from peftjax.interop import load_peft, save_peft
 from peftjax.methods import (
@@ -504,3 +505,62 @@ def test_vera_without_projections_needs_torch(base, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     with pytest.raises(ValueError, match=r"without its projections .*only torch can draw again"):
         load_peft(tmp_path / "a", model)
+
+
+# The README's table
+
+SMALL = {  # arguments for tiny models
+    **{name: (3,) for name in ("lora", "lora_plus", "lora_fa", "pissa", "olora", "dora", "dylora", "vera")},
+    **{name: (2,) for name in ("prefix", "prompt", "adapter", "pfeiffer", "parallel_adapter")},
+    **{"adalora": (2, 4), "mam": (2, 2), "p_tuning": (2,), "trainable_tokens": ([3, 5],)},
+}
+
+
+def interop_table(base, folder) -> str:
+    """What each method can be made of and made into, tried on a Llama, of a head on a BERT."""
+    lines = ["| method | PEFT's | import | export | merge | convert to LoRA |", "|---|---|---|---|---|---|"]
+    for name, make in METHODS.items():
+        if name == "neftune":
+            continue
+        if name in ("fishmask", "child_tuning"):
+            method = make(score="random") if name == "fishmask" else make("F")
+        else:
+            method = make(*SMALL.get(name, ()))
+        _, model = base("bert" if name == "head" else "llama")
+        params = method.resolve(trained(model, method), None)
+
+        def tried(f):
+            try:
+                return f()
+            except ValueError:
+                return "-"
+
+        def both_ways(method=method, params=params, model=model, name=name):
+            save_peft(folder / name, model, method, params)
+            load_peft(folder / name, model)
+            return json_of(folder / name)["peft_type"]
+
+        def convert(params=params, model=model):
+            made = to_lora(model, params, energy=1.0)
+            whole = {n for n, _ in made.method.spec} == {"full"}
+            return "stays whole" if whole else "exact" if _is_product(model, params) else "by SVD"
+
+        kind = tried(both_ways)
+        yes = "yes" if kind != "-" else "-"
+        merges = tried(lambda params=params: merge(params) and "yes")
+        lines.append(f"| `{name}` | {kind} | {yes} | {yes} | {merges} | {tried(convert)} |")
+    return "\n".join(lines)
+
+
+def _is_product(model, params):
+    try:
+        to_lora(model, params)
+    except ValueError:
+        return False
+    return True
+
+
+def test_the_readmes_table(base, tmp_path):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    want = interop_table(base, tmp_path)
+    assert f"<!-- interop -->\n{want}\n<!-- /interop -->" in text, f"the table is now:\n{want}"

@@ -284,12 +284,13 @@ def _refuse(nodes: Mapping[str, Any], kind: str, base: Mapping[str, Any]) -> Non
         if isinstance(n, Blocks):
             raise ValueError(
                 f"{path} is adapted in parts ({', '.join(n.blocks)}), and PEFT adapts a fused product as a whole; "
-                "convert the adapter to LoRA first"
+                "convert the adapter to LoRA first (peftjax combine)"
             )
         inner = [f for f in data_fields(n) if is_node(getattr(n, f)) and not is_quantized(getattr(n, f))]
         if inner or not isinstance(n, FORMATS[kind].nodes or Trained):
             raise ValueError(
-                f"PEFT's {kind} has no place for the {type(n).__name__} at {path}; convert it to LoRA first"
+                f"PEFT's {kind} has no place for the {type(n).__name__} at {path}; convert it to LoRA first "
+                "(peftjax combine)"
             )
 
 

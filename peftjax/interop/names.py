@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ..hub import Model
-from ..tree import flatten, nearest
+from ..tree import flatten, nearest, patterns
 from ..weights import is_node
 
 TASK_TYPES = {
@@ -173,13 +173,7 @@ def shortest(chosen: list[Module], there: Iterable[Module]) -> list[str]:
 
 def spec_targets(model: Model, paths: Iterable[str]) -> list[str]:
     """Patterns, over all layers where they fit, that mean these paths and no others of the model."""
-    wanted, all_ = list(dict.fromkeys(paths)), flatten(model.params, is_leaf=is_node)
-    out: dict[str, None] = {}
-    for path in wanted:
-        general = re.sub(r"_\d+(?=/)", r"_\\d+", re.escape(path))
-        everywhere = {p for p in all_ if re.fullmatch(general, p)}
-        out[general if everywhere <= {*wanted} else re.escape(path)] = None
-    return list(out)
+    return patterns(paths, flatten(model.params, is_leaf=is_node))
 
 
 def array(x: Any) -> np.ndarray:
