@@ -399,8 +399,7 @@ def _forced(model: Model, folder: Path | None = None) -> tuple[int | None, int |
     last: Any = values.get("forced_eos_token_id")
     if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
         first = values.get("bos_token_id")
-    if isinstance(last, list) and len(last) == 1:
-        last = last[0]
+    last = last[0] if isinstance(last, list) and len(last) == 1 else last
     most = model.config.vocab_size
     if any(x is not None and (not isinstance(x, int) or not 0 <= x < most) for x in (first, last)):
         raise ValueError(
