@@ -191,7 +191,7 @@ def load(
         _check_labels(folder, named, [str(x) for x in labels])
     if missing:
         params = update(params, _draw(model, missing, seed, param_dtype))
-    return model._replace(params=params, fresh=tuple(missing), forced=_forced(model, _generation(folder)))
+    return model._replace(params=params, fresh=tuple(missing), forced=_forced(model, folder))
 
 
 def check_packable(family: Family) -> None:
@@ -245,7 +245,7 @@ def from_config(
     model = _describe(hf_config, task, dtype, remat, type(hf_config).__name__)
     if seed is not None:
         model = model._replace(params=_init(model, jax.random.key(seed)))
-    model = model._replace(forced=_forced(model, hf_config.to_dict()))
+    model = model._replace(forced=_forced(model))
     if quantize is None:
         return model
     change = functools.partial(quantization.quantize, sites=model.sites, how=quantize)
@@ -418,13 +418,22 @@ def _generation(folder: Path) -> dict[str, Any]:
     return values
 
 
-def _forced(model: Model, values: Mapping[str, Any]) -> tuple[int | None, int | None]:
-    """`Model.forced` by a config's values."""
+def _forced(model: Model, folder: Path | None = None) -> tuple[int | None, int | None]:
+    """`Model.forced` by the files of a folder, or by the config alone."""
     if model.family.start_id is None:
         return None, None
+<<<<<<< HEAD
     first, last = (_only(values.get(f"forced_{which}_token_id")) for which in ("bos", "eos"))
     if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
         first = values.get("bos_token_id")
+=======
+    values = model.hf_config.to_dict() if folder is None else _generation(folder)
+    first: Any = values.get("forced_bos_token_id")
+    last: Any = values.get("forced_eos_token_id")
+    if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
+        first = values.get("bos_token_id")
+    last = last[0] if isinstance(last, list) and len(last) == 1 else last
+>>>>>>> i6-bart
     most = model.config.vocab_size
     if not all(x is None or (isinstance(x, int) and 0 <= x < most) for x in (first, last)):
         raise ValueError(
@@ -444,7 +453,7 @@ def _write_forced(model: Model, folder: Path) -> None:
 
     file = folder / "generation_config.json"
     file.unlink(missing_ok=True)  # of an earlier save
-    if model.forced != _forced(model, model.hf_config.to_dict()):
+    if model.forced != _forced(model):
         generation = transformers.GenerationConfig.from_model_config(model.hf_config)
         generation.forced_bos_token_id, generation.forced_eos_token_id = model.forced
         generation.save_pretrained(folder)

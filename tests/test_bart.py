@@ -87,18 +87,17 @@ def test_base_without_masks(tmp_path):
     assert_same(got.hidden, theirs(torch_model, batch).last_hidden_state)
 
 
-def ended(length=9, ends=1, seed=0) -> dict[str, Any]:
-    """Texts whose last token that is no padding is the end of the text, 2; `ends` of it in all."""
+def ended(length=9, ends=(-1,), seed=0) -> dict[str, Any]:
+    """Texts with the end of a text, 2, at these of their tokens that are no padding, and nowhere else."""
     batch = both_sides(length, seed)
     for row, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True):
-        real = np.flatnonzero(mask)
-        row[real[-1]] = row[real[: ends - 1]] = 2
+        row[np.flatnonzero(mask)[[*ends]]] = 2
     return batch
 
 
 def test_classifier(tmp_path):
     torch_model = torch_bart("ForSequenceClassification", num_labels=4)
-    model, single, several = moved(torch_model, tmp_path), ended(), ended(ends=3)  # the last of them is read
+    model, single, several = moved(torch_model, tmp_path), ended(), ended(ends=(0, 3))  # 3 is read
     want = np.concatenate([theirs(torch_model, x).logits for x in (single, several)])
     batch = {k: np.concatenate([single[k], several[k]]) for k in single}
     for layout in LAYOUTS.values():
@@ -270,12 +269,13 @@ def test_forced_tokens_are_those_of_transformers(tmp_path, name):
 
 
 def test_only_a_decoder_beside_an_encoder_is_forced(tmp_path):
-    alone = hub.from_config(transformers.GPT2Config(n_layer=1), "causal-lm", seed=None)
-    assert hub._forced(alone, {"forced_eos_token_id": 3}) == (None, None)
-    torch_bart(sizes=SMALL).save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"forced_eos_token_id": 3}')
+    for family, forced in (("gpt2", (None, None)), ("bart", (None, 3))):
+        model = hub.from_config(tiny.config(family), "generation", seed=None)
+        assert hub._forced(model, tmp_path) == forced
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"generation_config\.json holds a list"):
-        hub.load(tmp_path)
+        hub._forced(model, tmp_path)
 
 
 # Layout, sites, counts

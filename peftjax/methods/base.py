@@ -169,6 +169,17 @@ def plain(x: Any) -> Any:
     return x.item() if isinstance(x, np.generic) else x
 
 
+def check_whole(what: str, value: int) -> None:
+    """Raises unless it is a whole number of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{what} must be a whole number of at least 1; got {value!r}")
+
+
+def is_token(x: Any) -> bool:
+    """Whether it is a whole number of at least 0."""
+    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+
 def _refuse_stacked(params: Tree) -> None:
     if stacked := next((p for p in flatten(params, is_leaf=is_node) if is_stacked(p)), None):
         raise ValueError(f"methods act on the per-layer layout, but {stacked} is stacked; use unstack_layers first")

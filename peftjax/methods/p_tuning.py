@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from .. import masks
 from ..tree import Tree, flatten, update
 from ..weights import is_node, node, static
-from .base import Method, method
-from .prompt import Prompt, check_whole, where
+from .base import Method, check_whole, method
+from .prompt import Prompt, where
 
 ENCODER = "prompt_encoder"  # its place in the tree, beside the model
 

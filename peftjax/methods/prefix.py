@@ -70,9 +70,10 @@ def prefix(length: int = 10, *, mlp: bool = False, hidden: int = 512, std: float
     as keys and values.
 
     Of an encoder and its decoder, each attention gets a prefix, the one between them too, as in the authors' code
-    for BART. Where positions are relative (T5), nothing is counted from n: the prefix stands at the n positions
-    before the text (and its padding, if that is on the left) and the scores get the bias of that distance, as
-    transformers has it for keys that it is given; in the attention between the two there is no bias.
+    for BART, and nothing is counted from n. BART's text keeps its positions, as in the code of He et al. 2022
+    (arXiv:2110.04366). Where they are relative (T5), the prefix stands at the n positions before the text (and its
+    padding, if that is on the left) and the scores get the bias of that distance, as transformers has it for keys that
+    it is given; in the attention between the two there is no bias.
 
     Args:
       length: n, the number of virtual tokens.

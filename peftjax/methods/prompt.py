@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .. import masks
 from ..tree import Tree, get, update
 from ..weights import node, take
-from .base import Method, Site, method, plain
+from .base import Method, Site, check_whole, is_token, method, plain
 
 FREQUENT = 5000  # sentencepiece and BPE vocabularies are, roughly, in the order of frequency
 
@@ -104,17 +104,6 @@ def prompt(
 
     saved = masks.by_node(Prompt, "vectors", "unused")
     return method("prompt", arguments, init, trainable=masks.by_node(Prompt), saved=saved)
-
-
-def check_whole(what: str, value: int) -> None:
-    """Raises unless it is a whole number of at least 1."""
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{what} must be a whole number of at least 1; got {value!r}")
-
-
-def is_token(x: Any) -> bool:
-    """Whether it is a whole number of at least 0."""
-    return isinstance(x, int) and not isinstance(x, bool) and x >= 0
 
 
 def where(name: str, params: Tree, sites) -> tuple[Site, Site]:

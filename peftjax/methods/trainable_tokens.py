@@ -13,8 +13,7 @@ from jax.core import Tracer
 from .. import masks
 from ..tree import get
 from ..weights import Weight, attend, data_fields, is_node, materialize, node, static, take
-from .base import Method, method, plain, select, wrap
-from .prompt import is_token
+from .base import Method, is_token, method, plain, select, wrap
 
 
 @node
