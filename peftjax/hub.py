@@ -422,18 +422,12 @@ def _forced(model: Model, folder: Path | None = None) -> tuple[int | None, int |
     """`Model.forced` by the files of a folder, or by the config alone."""
     if model.family.start_id is None:
         return None, None
-<<<<<<< HEAD
-    first, last = (_only(values.get(f"forced_{which}_token_id")) for which in ("bos", "eos"))
-    if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
-        first = values.get("bos_token_id")
-=======
     values = model.hf_config.to_dict() if folder is None else _generation(folder)
     first: Any = values.get("forced_bos_token_id")
     last: Any = values.get("forced_eos_token_id")
     if first is None and values.get("force_bos_token_to_be_generated"):  # of an older transformers
         first = values.get("bos_token_id")
     last = last[0] if isinstance(last, list) and len(last) == 1 else last
->>>>>>> i6-bart
     most = model.config.vocab_size
     if not all(x is None or (isinstance(x, int) and 0 <= x < most) for x in (first, last)):
         raise ValueError(
@@ -441,10 +435,6 @@ def _forced(model: Model, folder: Path | None = None) -> tuple[int | None, int |
             f"{last!r}"
         )
     return first, last
-
-
-def _only(x: Any) -> Any:
-    return x[0] if isinstance(x, list) and len(x) == 1 else x
 
 
 def _write_forced(model: Model, folder: Path) -> None:
