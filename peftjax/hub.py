@@ -15,7 +15,7 @@ import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from . import quantize as quantization
+from . import bnb, quantize as quantization
 from .layout import is_stacked, unstack_layers
 from .methods.base import Site, select, virtual_tokens
 from .models import FAMILIES, Family
@@ -163,7 +163,8 @@ def load(
       fresh_head: draw a new task head even if the file has one.
       dtype: of the activations; `param_dtype`: of the parameters. float32 or bfloat16.
       quantize: 'int8', 'nf4' or 'nf4-double': the linear weights of the blocks are quantised from the file's values
-        as they are read, so that the whole model is never in memory; the other parameters are not quantised.
+        as they are read, so that the whole model is never in memory; the other parameters are not quantised. What
+        bitsandbytes quantised to NF4 is read as it is, without `quantize`.
       seed: of a task head that the file does not have.
       revision: of a hub name.
 
@@ -174,6 +175,10 @@ def load(
     """
     folder = find_folder(name, revision)
     hf_config = _read_hf_config(folder)
+    if codes := bnb.take_way(folder, hf_config):
+        if quantize not in (None, codes):
+            raise ValueError(f"{folder} is quantised already, as {codes}; leave quantize={quantize!r} out")
+        quantize = None
     named = [str(hf_config.id2label[i]) for i in sorted(hf_config.id2label)]
     if labels is not None:
         _set_labels(hf_config, labels)
@@ -558,10 +563,12 @@ def _read_params(
     heads = {s.module for s in model.sites if s.kind == "head"}
     optional = {p for p in shapes if p.rpartition("/")[0] in heads}
     tied_name = family.unembed if any(s.tied for s in model.sites) else None
-    names = [name for name, _ in _tensors(files)]
+    names = {name for name, _ in _tensors(files)}
     bare = not any(n.startswith(family.base + ".") for n in names)
     found, extra, wrong = {}, [], {}
     for name, f in _tensors(files):
+        if bnb.of(name) in names:
+            continue  # read with its weight
         full = name
         for pattern, replacement in family.renames:
             full = re.sub(pattern, replacement, full)
@@ -577,6 +584,14 @@ def _read_params(
             extra.append(f"{name} (a second tensor for {path})")
         elif not (fresh_head and path in optional):
             stored = f.get_slice(name)
+            if f"{name}{bnb.STATE}" in names:
+                if family.order(model.config, path) is not None:
+                    raise ValueError(
+                        f"{name} is quantised head by head, which cannot be put in order; load it unquantised"
+                    )
+                beside = {n: g.get_tensor(n) for n, g in _tensors(files) if name in (n, bnb.of(n))}
+                found[path] = bnb.read(name, beside, shapes[path].shape, dtype)
+                continue
             shape = tuple(stored.get_shape())
             wanted = shapes[path].shape[::-1] if family.transposed(path) else shapes[path].shape
             if shape != wanted:
