@@ -827,6 +827,7 @@ OTHERS = {  # family -> its rows that differ
 # What is quick runs for every row on Llama and for these on every family; what trains, for a row a method and for the
 # first eight; bfloat16 and the layouts, which compile slowly, for fewer. All of it: `experiments/laws.py`.
 CORE = ("full", "bitfit", "lora", "dora", "fishmask+head", "adapter", "prefix", "prompt")
+FEW = ("llama", "bert", "gpt2", "t5")
 VARIANTS = [  # of a method that has another row
     *(
         "full-targets",
@@ -842,9 +843,12 @@ VARIANTS = [  # of a method that has another row
 ]
 
 
-def _cells(core, left_out=()):
+def _cells(core, left_out=(), beyond=None):
+    """The cells of a law: `core` on the first families, `beyond` on others, on Llama all that is not left out."""
+
     def marks(family, name):
-        runs = name not in left_out if family == "llama" else name in core
+        rows = core if family in FEW or beyond is None else beyond
+        runs = name not in left_out if family == "llama" else name in rows
         return () if runs else pytest.mark.slow
 
     cells = [pytest.param(f, name, marks=marks(f, name)) for f in FAMILIES for name in CASES]
@@ -852,8 +856,8 @@ def _cells(core, left_out=()):
 
 
 CELLS, FEWER = _cells(CORE), _cells(CORE, VARIANTS)
-BF16, LAYOUTS = _cells(("lora",), VARIANTS), _cells(("lora", "prefix", "prompt", "fishmask+head"), VARIANTS)
-FEW = ("llama", "bert", "gpt2", "t5")
+BF16 = _cells(("lora",), VARIANTS)
+LAYOUTS = _cells(("lora", "prefix", "prompt", "fishmask+head"), VARIANTS, beyond=("lora", "prefix"))
 EVERY = pytest.mark.parametrize(
     "family", [pytest.param(f, marks=() if f in FEW else pytest.mark.slow) for f in FAMILIES]
 )
@@ -884,7 +888,17 @@ def _batch():
     }
 
 
+ADAPTED: dict[tuple, tuple] = {}  # each law starts from the same adapted parameters; the model is kept for its id
+
+
 def _adapt(model, method):
+    at = id(model.params), json.dumps(method.spec)
+    if at not in ADAPTED:
+        ADAPTED[at] = _adapt_anew(model, method), model
+    return ADAPTED[at][0]
+
+
+def _adapt_anew(model, method):
     method = method.observed(_objective(model), model.params, model.sites, [_batch()])
     return method.init(jax.random.key(1), model.params, model.sites)
 
@@ -1175,7 +1189,7 @@ BAD = {
 def test_law_8_bad_input(models, what):
     make, message = BAD[what]
     with pytest.raises(ValueError, match=message):
-        _adapt(models["bert"], make())
+        _adapt_anew(models["bert"], make())
 
 
 @ALL_CASES
