@@ -1013,8 +1013,8 @@ def test_a_spec_builds_the_method_again(models, name):
     spec = json.loads(json.dumps(method.spec))
     again = from_spec(spec)
     assert json.loads(json.dumps(again.spec)) == spec
-    one = _adapt(model, method if len(method.spec) > 1 else chain(method))
-    two = _adapt(model, again)
+    one = _adapt_anew(model, method if len(method.spec) > 1 else chain(method))
+    two = _adapt_anew(model, again)
     assert jax.tree.structure(one) == jax.tree.structure(two)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True))
 
