@@ -334,12 +334,21 @@ def save(model: Model, params: Tree, folder: str | Path, tokenizer: Any = None, 
     folder.mkdir(parents=True, exist_ok=True)
     config = copy.deepcopy(model.hf_config)
     config.dtype = jnp.result_type(*tensors.values()).name  # transformers loads in the dtype named here
+    _name_padding(config, model, tokenizer)
     config.save_pretrained(folder)
     _write_forced(model, folder)
     _write_tensors(folder, tensors)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def _name_padding(config: Any, model: Model, tokenizer: Any) -> None:
+    """A classifier's config names the tokenizer's padding: transformers finds a text's last token by it."""
+    if model.module.head != "classification" or tokenizer is None or tokenizer.pad_token_id is None:
+        return
+    if config.pad_token_id is None and tokenizer.pad_token_id < model.config.vocab_size:
+        config.pad_token_id = tokenizer.pad_token_id
 
 
 def _spare(model: Model) -> set[str]:
@@ -416,7 +425,7 @@ def _generation(folder: Path) -> dict[str, Any]:
     file = next(f for name in ("generation_config.json", "config.json") if (f := folder / name).is_file())
     try:
         values = json.loads(file.read_text())
-    except json.JSONDecodeError as e:
+    except ValueError as e:  # of the syntax, or bytes that are no text
         raise ValueError(f"{file} is no JSON: {e}") from e
     if not isinstance(values, dict):
         raise ValueError(f"{file} holds a {type(values).__name__}; expected an object of config keys")

@@ -276,6 +276,9 @@ def test_only_a_decoder_beside_an_encoder_is_forced(tmp_path):
     (tmp_path / "generation_config.json").write_text("[]")
     with pytest.raises(ValueError, match=r"generation_config\.json holds a list"):
         hub._forced(model, tmp_path)
+    (tmp_path / "generation_config.json").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"generation_config\.json is no JSON"):
+        hub._forced(model, tmp_path)
 
 
 # Layout, sites, counts

@@ -244,9 +244,10 @@ def test_models_lists_all(call):
             assert all(key in whole for key in (*family.config._fields, *family.harmless))
             assert all(f"{key}={value!r}" in whole for key, value in family.fixed.items())
         assert all(key in whole for key in (*family.unused, "torch_dtype", "num_labels:int"))
+        assert not any(f"{key}:" in whole for key in family.fixed), "a key of one value only is not honoured"
     status, _, err = call("models", "lama")
     assert status == 1
-    assert "there is no family 'lama'; the families are bert, " in " ".join(err.split())
+    assert "there is no family 'lama'; the families are bart, " in " ".join(err.split())
 
 
 def test_as_a_module():

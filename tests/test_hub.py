@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -181,6 +182,7 @@ BAD_CONFIGS: list[Any] = [
     ("bert", "encoder", {"hidden_act": "mish"}, "activation 'mish' is not supported; supported are .*'gelu'"),
     ("bert", "encoder", {"pruned_heads": {"0": [1]}}, r"pruned_heads=\{'0': \[1\]\}"),
     ("bert", "encoder", {"hidden_size": 15}, "hidden_size 15 does not divide into 2 attention heads"),
+    ("bert", "encoder", {"num_attention_heads": 0}, "bert config has num_attention_heads=0; supported is 1 or more"),
     ("gpt2", "causal-lm", {"add_cross_attention": True}, r"add_cross_attention=True \(supported: False\)"),
     ("gpt2", "causal-lm", {"n_head": 3}, "n_embd 16 does not divide into 3 attention heads"),
     ("gpt2", "causal-lm", {"activation_function": "mish"}, "activation 'mish' is not supported"),
@@ -560,6 +562,23 @@ def test_merged_models_load_in_transformers(tmp_path, family, task, cls, extra, 
     else:
         np.testing.assert_allclose(want.logits, got.logits, atol=1e-4)
     np.testing.assert_allclose(outputs(hub.load(tmp_path)).hidden, want.hidden, atol=1e-4)
+
+
+@pytest.mark.parametrize(("given", "pad", "named"), [(None, 7, 7), (5, 7, 5), (None, None, None), (None, 30, None)])
+def test_a_classifiers_config_names_the_padding(tmp_path, given, pad, named):
+    """By it transformers finds a text's last token; a token that the embedding does not have is none."""
+    tokenizer = SimpleNamespace(pad_token_id=pad, save_pretrained=lambda folder: None)
+    model = tiny(task="classification", pad_token_id=given)
+    hub.save(model, model.params, tmp_path, tokenizer)
+    assert json.loads((tmp_path / "config.json").read_text()).get("pad_token_id") == named
+    if named is not None:
+        ids = np.array([[3, 4, 6], [3, 4, named]])
+        want = model.forward(model.params, {"input_ids": ids, "attention_mask": (ids != named).astype(np.int32)})
+        torch = pytest.importorskip("torch")
+        reference = transformers.LlamaForSequenceClassification.from_pretrained(tmp_path)
+        with torch.no_grad():
+            got = reference(torch.tensor(ids), attention_mask=torch.tensor(ids != named)).logits
+        np.testing.assert_allclose(np.asarray(want.logits), got, atol=1e-4)
 
 
 def test_created_biases_do_not_widen_the_file(tmp_path, key):

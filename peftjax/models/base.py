@@ -129,6 +129,9 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
     if missing:
         raise ValueError(f"this {family.name} config lacks {sorted(missing)}")
     config = family.config(**{k: values[k] for k in family.config._fields})
+    few = [f"{k}={v}" for k, v in config._asdict().items() if "head" in k and isinstance(v, int) and v < 1]
+    if few:
+        raise ValueError(f"this {family.name} config has {', '.join(few)}; supported is 1 or more")
     family.check(config)
     return config
 
@@ -139,7 +142,8 @@ def summary(family: Family, types: bool = False) -> list[tuple[str, str]]:
     Args:
       types: with the types of the config's values.
     """
-    keys = {key: getattr(t, "__name__", str(t)) for key, t in family.config.__annotations__.items()}
+    types_of = {key: t for key, t in family.config.__annotations__.items() if key not in family.fixed}
+    keys = {key: getattr(t, "__name__", str(t)) for key, t in types_of.items()}
     rows = [
         ("architectures", ", ".join(f"{name} ({head})" for name, head in family.heads.items())),
         ("honoured", ", ".join(f"{key}: {t}" for key, t in keys.items()) if types else ", ".join(keys)),
