@@ -4,6 +4,7 @@ import dataclasses
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -324,7 +325,11 @@ def merge_adapter(model_name: str, adapter: str | Path, out: str | Path, param_d
     params = load_adapter(adapter, model).params
     tokenizer = hub.load_tokenizer(model_name)
     adopt_template(tokenizer, adapter)
-    return hub.save(model, params, out, tokenizer, jnp.dtype(param_dtype))
+    folder = hub.save(model, params, out, tokenizer, jnp.dtype(param_dtype))
+    generation = hub.find_folder(model_name) / "generation_config.json"
+    if generation.is_file() and model.module.head.endswith("-lm"):  # stop tokens, beams: the merged model's too
+        shutil.copyfile(generation, folder / generation.name)
+    return folder
 
 
 def combine_adapters(

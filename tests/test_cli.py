@@ -10,12 +10,15 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import tiny
+import transformers
 from conftest import SHARED, STORIES, needs_shared
 
 from peftjax import METHODS, compare as comparison, hub, train
+from peftjax.checkpoint import save_adapter
 from peftjax.cli import _rates, main
 from peftjax.models import FAMILIES
 from peftjax.problem import Evaluator
@@ -210,6 +213,18 @@ def test_generation_with_a_prefix(at, tmp_path, call, monkeypatch):
     out = call("merge", "--model", at / "llama", "--adapter", adapter, "--out", tmp_path / "merged")
     fails(out, "cannot merge model/layers_0/self_attn/prefix: Prefix computes what no weight of the base can hold")
     assert not list((tmp_path / "merged").glob("*"))
+
+
+def test_merge_keeps_how_the_base_generates(tmp_path, call):
+    folder = tiny.folder(tmp_path / "llama", "llama")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [3, 5], "num_beams": 2}')
+    model, method = hub.load(folder), METHODS["lora"](2)
+    params = method.init(jax.random.key(0), model.params, model.sites)
+    save_adapter(tmp_path / "a.safetensors", model, method, params)
+    arguments = ("--model", folder, "--adapter", tmp_path / "a.safetensors", "--out", tmp_path / "merged")
+    assert call("merge", *arguments)[0] == 0
+    merged = transformers.GenerationConfig.from_pretrained(tmp_path / "merged")
+    assert (merged.eos_token_id, merged.num_beams) == ([3, 5], 2)
 
 
 @pytest.mark.parametrize(("task", "labels"), [("stsb", 1), ("banking77", 77)])
