@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 # Config keys that change nothing about the function: bookkeeping, generation, training of torch models.
 HARMLESS = frozenset(
     """
-    _name_or_path _attn_implementation_autoset architectures attn_implementation bos_token_id eos_token_id pad_token_id sep_token_id
+    _attn_implementation_autoset
+    _name_or_path architectures attn_implementation bos_token_id eos_token_id pad_token_id sep_token_id
     decoder_start_token_id dtype torch_dtype gradient_checkpointing id2label label2id model_type
     output_attentions output_hidden_states problem_type return_dict tokenizer_class transformers_version
     use_cache num_labels finetuning_task task_specific_params unsloth_version unsloth_fixed
