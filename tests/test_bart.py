@@ -230,6 +230,7 @@ def test_a_config_written_by_an_older_transformers(tmp_path):
     config |= {"add_bias_logits": False, "add_final_layer_norm": False, "classif_dropout": 0.1, "early_stopping": True}
     config |= {"extra_pos_embeddings": 2, "normalize_before": False, "normalize_embedding": True, "num_beams": 4}
     config |= {"static_position_embeddings": False, "save_step": 11, "prefix": " ", "output_past": True}
+    config |= {"replacing_rate": 0, "student_encoder_layers": None, "student_decoder_layers": None}
     config |= {
         "no_repeat_ngram_size": 3,
         "length_penalty": 2.0,

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 from peftjax import hub
 from peftjax.layout import stack_layers
 from peftjax.methods import bitfit, chain, lora, prefix
+from peftjax.models.base import read_config
 from peftjax.tree import cast, flatten, map_with_path, update
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -235,6 +236,19 @@ def test_harmless_config_values(tmp_path):
     }
     edit(saved(tmp_path), **values, temperature=0.9, max_length=20)
     hub.load(tmp_path)
+
+
+@pytest.mark.parametrize("family", hub.FAMILIES)
+def test_config_values_that_transformers_4_gave_every_family(family):
+    kind = transformers.CONFIG_MAPPING[family]
+    written = {"is_decoder": False, "add_cross_attention": False, "_attn_implementation_autoset": True}
+
+    def read(**values):
+        return read_config(hub.FAMILIES[family], kind(**values).to_dict(), kind().to_dict())
+
+    assert read(**written) == read()
+    with pytest.raises(ValueError, match=r"add_cross_attention=True \(supported: False\)"):
+        read(add_cross_attention=True)
 
 
 def test_harmless_config_values_of_gpt2(tmp_path):

@@ -233,7 +233,8 @@ FAMILY = Family(
         "force_bos_token_to_be_generated",
         "prefix",
         "classif_dropout",
-        "save_step",
+        "save_step",  # of distillation, as the next
+        "replacing_rate",
     ),
     check=_check,
     cache_shape=lambda c: (c.decoder_layers, c.decoder_attention_heads, c.d_model // c.decoder_attention_heads),

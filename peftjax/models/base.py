@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 # Config keys that change nothing about the function: bookkeeping, generation, training of torch models.
 HARMLESS = frozenset(
     """
+    _attn_implementation_autoset
     _name_or_path architectures attn_implementation bos_token_id eos_token_id pad_token_id sep_token_id
     decoder_start_token_id dtype torch_dtype gradient_checkpointing id2label label2id model_type
     output_attentions output_hidden_states problem_type return_dict tokenizer_class transformers_version
@@ -19,6 +20,9 @@ HARMLESS = frozenset(
     pooler_type transformers.js_config max_sequence_length sentence_transformers
     """.split()  # noqa: SIM905 - as a list it would take forty lines
 )
+
+# What transformers 4 gave the config of every family; its 5 gives some families none of the two.
+EVERYWHERE = {"is_decoder": False, "add_cross_attention": False}
 
 
 class Family(NamedTuple):
@@ -112,7 +116,7 @@ def read_config(family: Family, values: Mapping[str, Any], defaults: Mapping[str
     honoured = set(family.config._fields)
     # A field's name cannot start with an underscore, as some keys do.
     values = {k.lstrip("_") if k.lstrip("_") in honoured else k: v for k, v in values.items()}
-    bad = []
+    bad, defaults = [], {**EVERYWHERE, **defaults}
     for key, value in values.items():
         if key in family.fixed:
             if value not in (family.fixed[key], None):
