@@ -68,19 +68,26 @@ def load_peft(folder: str | Path, model: Model, revision: str | None = None) -> 
     path = find_folder(folder, revision)
     config = read_config(path)
     tensors, copies, idle = load_tensors(path / WEIGHTS), [], {}
+    narrow: dict[str, list[str]] = {}
+    for name, x in tensors.items():
+        if is_narrow(x):
+            narrow.setdefault(x.dtype.name, []).append(name)
     for name in [n for n in tensors if IDLE.fullmatch(n)]:
         idle[name] = tensors.pop(name).tolist()
     try:
         params, method = read(model, config, tensors, copies)
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from e
-    return Adapter(params, method, {"extra": {"peft": {"config": config, "copies": copies, "idle": idle}}})
+    source = {"config": config, "copies": copies, "idle": idle, "narrow": narrow}
+    return Adapter(params, method, {"extra": {"peft": source}})
 
 
 def read(
     model: Model, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], copies: list
 ) -> tuple[Tree, Method]:
     """The adapted parameters and the method that a configuration and its tensors say.
+
+    Tensors in float16 and bfloat16 are widened to float32, as PEFT does: sums and training need it.
 
     Args:
       copies: gets the names of tensors that are the base's own.
@@ -90,12 +97,14 @@ def read(
     """
     form = format_of(config)
     _check_fields(config, form)
-    r = Reader(model, config, dict(tensors))
+    stem = "base_model." if form.virtual else STEM
+    wide = {name: x.astype(np.float32) if is_narrow(x) else x for name, x in tensors.items()}
+    r = Reader(model, _with_head(config, tensors, stem), wide)
     nodes, methods = form.read(r)
     for name in [n for n in r.tensors if n.endswith(".base_layer.weight")]:
         copies.append(name)
         del r.tensors[name]
-    whole, others = selective.read_whole(r, "base_model." if form.virtual else STEM)
+    whole, others = selective.read_whole(r, stem)
     problems = [("missing", r.missing), ("of a wrong shape", r.wrong), ("taken by nothing", r.tensors)]
     if any(rows for _, rows in problems):
         said = "; ".join(f"{what}: {', '.join(sorted(rows))}" for what, rows in problems if rows)
@@ -105,6 +114,18 @@ def read(
         raise ValueError(f"the tensors do not fit {model.hf_config.architectures[0]}: {said}{near}")
     methods = [*methods, *others]
     return update(model.params, {**nodes, **whole}), chain(*methods) if len(methods) > 1 else methods[0]
+
+
+def is_narrow(x: np.ndarray) -> bool:
+    """Whether it is in float16, bfloat16 or less."""
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+
+
+def _with_head(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], stem: str) -> dict[str, Any]:
+    """With a classifier's trained head in `modules_to_save`, where PEFT takes it to be; old files do not say so."""
+    there, saved = ("classifier", "score"), [*(config.get("modules_to_save") or ())]
+    heads = [e for e in there if e not in saved and any(name.startswith(f"{stem}{e}.") for name in tensors)]
+    return dict(config) | ({"modules_to_save": saved + heads} if heads and config.get("task_type") == "SEQ_CLS" else {})
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
@@ -154,9 +175,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {CONFIG}; write the folder of an adapter that Hugging Face PEFT saved"
-        )
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        said = f"write one of its folders {inside}" if inside else "write the folder of an adapter that PEFT saved"
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; {said}")
     try:
         config = json.loads(file.read_text())
     except json.JSONDecodeError as e:
@@ -215,6 +236,10 @@ def save_peft(
         m = there[name.removeprefix(STEM).removesuffix(".base_layer.weight")]
         tensors[name] = to_file(model, m.path, array(flatten(model.params)[m.path]))
     tensors |= {name: np.asarray(x, np.float32) for name, x in (source.get("idle") or {}).items()}
+    for dtype, found in (source.get("narrow") or {}).items():  # as it came, unless it has trained on
+        was = {name: tensors[name].astype(jnp.dtype(dtype)) for name in found if name in tensors}
+        if all(np.array_equal(x.astype(np.float32), tensors[name]) for name, x in was.items()):
+            tensors |= was
     if base and not config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = base
     folder = Path(folder)
@@ -228,6 +253,7 @@ def write(model: Model, method: Method, params: Tree, source: Mapping[str, Any])
     params = _without_noise(compact(unstack_layers(method.resolve(params, None))))
     base = flatten(model.params, is_leaf=is_node)
     nodes = {p: n for p, n in flatten(params, is_leaf=is_node).items() if is_node(n) and n is not base.get(p)}
+    nodes = {p: n for p, n in nodes.items() if not is_quantized(n)}  # what is left of a quantised base
     norms = {p for p in selective.norms(model) if isinstance(nodes.get(p), Trained)}
     kind = _kind(method, bool(norms))
     form, norms = FORMATS[kind], norms if kind == "LN_TUNING" else set()

@@ -37,6 +37,7 @@ def read_lora(r: Reader) -> tuple[dict[str, Any], list[Method]]:
     ranks: dict[str, Any] = {}
     alphas: dict[str, Any] = {}
     for m in r.targets("linear", "embedding"):
+        _check_embedding(r, m)
         rank = by_pattern(c.get("rank_pattern"), m.name, c["r"])
         alpha = by_pattern(c.get("alpha_pattern"), m.name, c["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if c.get("use_rslora") else rank)
@@ -94,6 +95,17 @@ def _factors(r: Reader, m: Module, rank: int) -> tuple[jax.Array, jax.Array]:
         a = r.take(f"{STEM}{m.name}.lora_A.weight", (rank, inputs))
         b = r.take(f"{STEM}{m.name}.lora_B.weight", (outputs, rank))
     return jnp.asarray(a.T), r.outputs(m, b.T)
+
+
+def _check_embedding(r: Reader, m: Module) -> None:
+    """Raises where PEFT's adapter of an embedding is no change of the table."""
+    r.check_used(m)
+    why = {
+        "embed_positions": "it computes the positions that it looks up, and PEFT takes its first argument for them",
+        "rel_embeddings": "the model reads the table itself, which PEFT leaves as it is",
+    }
+    if said := why.get(m.name.rpartition(".")[2]):
+        raise ValueError(f"LoRA on {m.name} means another thing in PEFT: {said}. Leave it out of target_modules")
 
 
 def _check_copy(r: Reader, m: Module) -> None:
