@@ -452,7 +452,14 @@ def test_the_verbs(base, tmp_path, call):
         "merge", "--adapter", tmp_path / "a.safetensors", "--model", base_folder, "--out", tmp_path / "m"
     )
     assert status == 0, err
+    pair = f"{tmp_path / 'a.safetensors'}=2,{tmp_path / 'a.safetensors'}=-1"
+    status, out, err = call("combine", "--adapters", pair, "--model", base_folder, "--out", tmp_path / "c.safetensors")
+    assert status == 0, err
+    status, out, err = call("export", tmp_path / "c.safetensors", "--model", base_folder, "--out", tmp_path / "sum")
+    assert status == 0, err
     want = theirs(read_there("bert", base_folder, tmp_path / "there"), "bert")
+    got = theirs(read_there("bert", base_folder, tmp_path / "sum"), "bert")
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
     np.testing.assert_allclose(theirs(torch_base("bert", tmp_path / "m"), "bert"), want, atol=1e-4, rtol=0)
 
 
@@ -562,6 +569,16 @@ BAD: dict[str, tuple[dict, Any, str]] = {
     ),
     "no targets": ({"target_modules": None}, None, "has no target_modules"),
     "rank": ({"r": 4}, None, r"lora_A.weight \(3, 16\), expected \(4, 16\)"),
+    "no rank": ({"r": None}, None, r"lacks \['r'\], which LORA needs"),
+    "zero rank": ({"r": 0}, None, "r must be a whole number of at least 1; got 0"),
+    "a rank in words": ({"r": "3"}, None, "r must be a whole number of at least 1; got '3'"),
+    "no pattern": ({"target_modules": "("}, None, r"target_modules must be a list of names, or a pattern; got '\('"),
+    "no exclusion": ({"exclude_modules": "("}, None, "exclude_modules must be a list of names, or a pattern"),
+    "no patterns": ({"rank_pattern": [1]}, None, r"rank_pattern must be names or patterns with values; got \[1\]"),
+    "a layer in words": ({"layers_to_transform": "1"}, None, "layers_to_transform must be whole numbers; got '1'"),
+    "one name": ({"modules_to_save": "lm_head"}, None, "modules_to_save must be a list of names"),
+    "biases": ({"bias": "some"}, None, "bias must be 'none', 'all', 'lora_only' or 'vera_only'; got 'some'"),
+    "a token": ({"trainable_token_indices": [99]}, None, r"there are no tokens \[99\]; model.embed_tokens has 37 rows"),
     "a module": ({"modules_to_save": ["nowhere"]}, None, r"modules_to_save names \['nowhere'\]"),
 }
 

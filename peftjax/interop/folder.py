@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,17 @@ NEUTRAL = frozenset(
 )
 
 
+SIZES = ("r", "init_r", "target_r", "num_virtual_tokens")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+NEEDED = {
+    "LORA": ("r", "lora_alpha"),
+    "ADALORA": ("init_r", "target_r", "lora_alpha"),
+    "VERA": ("r",),
+    "TRAINABLE_TOKENS": ("token_indices",),
+    **dict.fromkeys(["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"], ("num_virtual_tokens",)),
+}
+
+
 def load_peft(folder: str | Path, model: Model, revision: str | None = None) -> Adapter:
     """Puts an adapter of Hugging Face PEFT, a folder or a hub name, into the base that it was trained on.
 
@@ -97,6 +108,7 @@ def read(
     """
     form = format_of(config)
     _check_fields(config, form)
+    _check_values(config)
     stem = "base_model." if form.virtual else STEM
     wide = {name: x.astype(np.float32) if is_narrow(x) else x for name, x in tensors.items()}
     r = Reader(model, _with_head(config, tensors, stem), wide)
@@ -147,6 +159,53 @@ def _check_fields(config: Mapping[str, Any], form: Format) -> None:
             f"the configuration has fields that change the result and are not supported for {config['peft_type']}: "
             f"{said}"
         )
+
+
+def _is_pattern(x: Any) -> bool:
+    try:
+        return isinstance(x, str) and re.compile(x) is not None
+    except re.error:
+        return False
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_list(x: Any, kind: Callable[[Any], bool]) -> bool:
+    return isinstance(x, list) and all(map(kind, x))
+
+
+def _is_name(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+# what is expected, of which fields, and whether a value is that
+VALUES: tuple[tuple[str, tuple[str, ...], Callable[[Any], bool]], ...] = (
+    ("a whole number of at least 1", SIZES, lambda x: _is_whole(x) and x >= 1),
+    ("a number", ("lora_alpha", "lora_dropout"), lambda x: isinstance(x, int | float) and not isinstance(x, bool)),
+    (
+        "a list of names, or a pattern",
+        ("target_modules", "exclude_modules", "feedforward_modules"),
+        lambda x: _is_pattern(x) or _is_list(x, _is_name),
+    ),
+    ("a list of names", ("modules_to_save",), lambda x: _is_list(x, _is_name)),
+    ("a list of whole numbers", ("token_indices",), lambda x: _is_list(x, _is_whole)),
+    ("whole numbers", ("layers_to_transform",), lambda x: _is_whole(x) or _is_list(x, _is_whole)),
+    ("names or patterns with values", PATTERNS, lambda x: isinstance(x, Mapping) and all(map(_is_pattern, x))),
+    ("'none', 'all', 'lora_only' or 'vera_only'", ("bias",), lambda x: x in ("none", "all", "lora_only", "vera_only")),
+)
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """Raises where a field that is needed is missing, or has no value that could be meant."""
+    needed = NEEDED.get(config["peft_type"], ())
+    if missing := [k for k in needed if config.get(k) is None]:
+        raise ValueError(f"the configuration lacks {missing}, which {config['peft_type']} needs")
+    for expected, fields, fits in VALUES:
+        for k in fields:
+            if config.get(k) is not None and not fits(config[k]):
+                raise ValueError(f"the configuration's {k} must be {expected}; got {config[k]!r}")
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
