@@ -45,7 +45,8 @@ from .tasks import Chats, Task, get_task
 from .train import NonFinite, Settings
 from .tree import count, flatten, partition
 
-KEPT = ("task", "labels", "chats", "chat_template")  # of an adapter file's extras, what holds for a combination too
+# of an adapter file's extras, what holds for a combination too
+KEPT = ("task", "labels", "num_labels", "chats", "chat_template")
 
 
 def compare(

@@ -14,7 +14,9 @@ from conftest import SHARED, needs_shared
 from peftjax import METHODS, chain, hub, merge
 from peftjax.arithmetic import to_lora
 from peftjax.checkpoint import load_adapter, save_adapter
-from peftjax.interop import load_peft, save_peft
+from peftjax.interop import from_loralib, import_adapter, load_peft, save_peft
+from peftjax.interop.folder import read
+from peftjax.layout import stack_layers
 from peftjax.methods import (
     adalora,
     adapter,
@@ -74,7 +76,20 @@ MAKE = {
         )
     ),
 }
+MAKE |= {
+    "bloom": lambda: transformers.BloomForCausalLM(
+        transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=4)
+    ),
+    "neox": lambda: transformers.GPTNeoXForCausalLM(transformers.GPTNeoXConfig(**SIZES, rotary_pct=0.5)),
+    "opt": lambda: transformers.OPTForCausalLM(
+        transformers.OPTConfig(**{k: v for k, v in SIZES.items() if k != "intermediate_size"}, ffn_dim=24)
+    ),
+    "roberta": lambda: transformers.RobertaForSequenceClassification(
+        transformers.RobertaConfig(**SIZES, num_labels=LABELS, pad_token_id=0)
+    ),
+}
 TASKS = {"llama": "CAUSAL_LM", "llama-tied": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "t5": "SEQ_2_SEQ_LM"}
+TASKS |= dict.fromkeys(["bloom", "neox", "opt"], "CAUSAL_LM") | {"roberta": "SEQ_CLS"}
 TASKS |= {"bert": "SEQ_CLS", "llama-labels": "SEQ_CLS", "bert-bare": "FEATURE_EXTRACTION"}
 BASES: dict[str, Any] = {}
 
@@ -112,7 +127,7 @@ def batch(name):
     rng = np.random.default_rng(0)
     ids = rng.integers(1, VOCAB, (3, 7))
     mask = np.ones((3, 7), int)
-    if name in ("bert", "t5", "bert-bare"):
+    if name in ("bert", "roberta", "t5", "bert-bare"):
         mask[0, 5:] = 0
     out = {"input_ids": ids, "attention_mask": mask}
     return out | ({"decoder_input_ids": rng.integers(1, VOCAB, (3, 5))} if name == "t5" else {})
@@ -165,6 +180,13 @@ CASES: dict[str, tuple[str, Any]] = {
     "lora-gpt2": ("gpt2", L(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True)),
     "lora-gpt2-mixed": ("gpt2", L(target_modules=["c_attn", "wte", "wpe"], fan_in_fan_out=True)),
     "lora-t5": ("t5", L(target_modules=["q", "v", "wo"])),
+    "lora-bloom": ("bloom", L(target_modules=["query_key_value", "dense_4h_to_h"], bias="all")),
+    "lora-neox": ("neox", L(target_modules=["query_key_value"], bias="lora_only", modules_to_save=["dense"])),
+    "lora-opt": ("opt", L(target_modules=["q_proj", "fc1", "embed_tokens"])),
+    "lora-roberta": ("roberta", L(target_modules="all-linear")),
+    "lora-layer": ("llama", L(target_modules=["q_proj"], layers_to_transform=0)),
+    "dora-neox": ("neox", L(target_modules=["query_key_value"], use_dora=True)),
+    "ia3-bloom": ("bloom", lambda: peft.IA3Config()),
     "dora": ("llama", L(target_modules=["q_proj", "v_proj"], use_dora=True)),
     "dora-gpt2": ("gpt2", L(target_modules=["c_attn"], use_dora=True, fan_in_fan_out=True)),
     "dora-embedding": ("llama-tied", L(target_modules=["embed_tokens", "q_proj"], use_dora=True, use_rslora=True)),
@@ -187,6 +209,7 @@ CASES: dict[str, tuple[str, Any]] = {
         "llama-tied",
         lambda: peft.TrainableTokensConfig(token_indices=[5, 2], target_modules=["embed_tokens"]),
     ),
+    "tokens-t5": ("t5", lambda: peft.TrainableTokensConfig(token_indices=[5, 2], target_modules=["shared"])),
     "prefix": ("llama", lambda: peft.PrefixTuningConfig(num_virtual_tokens=3)),
     "prefix-mlp": (
         "gpt2",
@@ -283,6 +306,7 @@ OWN: dict[str, tuple[str, Any]] = {
     "norms-llama": ("llama", norm_tuning()),
     "tokens": ("llama", trainable_tokens([5, 2, 11])),
     "tokens-tied": ("llama-tied", trainable_tokens([8, 4])),
+    "tokens-t5": ("t5", trainable_tokens([8, 4])),
     "prefix": ("gpt2", prefix(4)),
     "prefix-mlp": ("llama", prefix(4, mlp=True, hidden=6)),
     "prompt": ("gpt2", prompt(4)),
@@ -332,6 +356,75 @@ def test_made_here(case, base, tmp_path):
     assert np.array_equal(ours(model, back.params, name), ours(model, again.params, name))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("case", ["lora-embedding", "lora-whole", "ia3", "pissa"])
+def test_narrow_tensors(case, dtype, base, tmp_path):
+    """They are widened as in PEFT, and written as they came; what has trained on is written in float32."""
+    name, config = CASES[case]
+    base_folder, model = base(name)
+    there = noisy(peft.get_peft_model(torch_base(name, base_folder), config()), trained_only=True)
+    for p in there.parameters():
+        p.data = p.data.to(getattr(torch, dtype)) if p.requires_grad else p.data
+    there.save_pretrained(tmp_path / "a")
+    adapter = load_peft(tmp_path / "a", model)
+    got = ours(model, adapter.params, name)
+    np.testing.assert_allclose(got, theirs(read_there(name, base_folder, tmp_path / "a"), name), atol=1e-4, rtol=0)
+    np.testing.assert_allclose(ours(model, merge(adapter.params), name), got, atol=1e-4, rtol=0)
+    save_peft(tmp_path / "b", model, adapter.method, adapter.params, adapter.header["extra"])
+    assert tensors_of(tmp_path / "b") == tensors_of(tmp_path / "a")
+    mask = flatten(adapter.method.trainable(adapter.params))
+    moved = map_with_path(lambda p, x: x * 1.001 if mask[p] else x, adapter.params)
+    save_peft(tmp_path / "c", model, adapter.method, moved, adapter.header["extra"])
+    want = ours(model, moved, name)
+    np.testing.assert_allclose(ours(model, load_peft(tmp_path / "c", model).params, name), want, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_configuration_that_does_not_name_the_head(name, base, tmp_path):
+    """Older versions of PEFT wrote the head of a classifier, and not its name."""
+    base_folder, model = base(name)
+    made_there(name, base_folder, L(target_modules="all-linear")(), tmp_path / "a")
+    was = json_of(tmp_path / "a")
+    kept = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "inference_mode")
+    old = {k: was[k] for k in kept} | {"modules_to_save": None, "target_modules": "all-linear"}
+    (tmp_path / "a/adapter_config.json").write_text(json.dumps(old))
+    got = ours(model, load_peft(tmp_path / "a", model).params, name)
+    np.testing.assert_allclose(got, theirs(read_there(name, base_folder, tmp_path / "a"), name), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize("quantize", [None, "int8", "nf4"])
+def test_what_is_exported_does_not_hang_on_the_base(quantize, stacked, base, tmp_path):
+    base_folder, plain = base("llama")
+    model = hub.load(base_folder, quantize=quantize)
+    method = chain(dora(3, 5, ["query", "mlp_out"]), bitfit(["query"]), trainable_tokens([4]))
+    params = trained(model, method)
+    save_peft(tmp_path / "a", model, method, stack_layers(params) if stacked else params)
+    there = load_peft(tmp_path / "a", model)
+    np.testing.assert_allclose(ours(model, there.params, "llama"), ours(model, params, "llama"), atol=1e-6, rtol=0)
+    theirs(read_there("llama", base_folder, tmp_path / "a"), "llama")
+    assert set(load_peft(tmp_path / "a", plain).params) == set(plain.params)
+
+
+MEANS_ANOTHER_THING = {
+    "shared": ("t5", L(target_modules=["v", "shared"]), "shared is the table that encoder and decoder share"),
+    "positions": ("opt", L(target_modules=["q_proj", "embed_positions"]), "embed_positions means another thing"),
+}
+
+
+@pytest.mark.parametrize("what", MEANS_ANOTHER_THING)
+def test_embeddings_that_peft_does_not_adapt(what, base, tmp_path):
+    """What PEFT trains there is no change of the table: the logits would be others."""
+    name, config, message = MEANS_ANOTHER_THING[what]
+    base_folder, model = base(name)
+    made_there(name, base_folder, config(), tmp_path / "a")
+    with pytest.raises(ValueError, match=message):
+        load_peft(tmp_path / "a", model)
+    own = lora(3, targets=["embedding" if what == "shared" else "embedding_other"], tied_embedding="take")
+    with pytest.raises(ValueError, match=message):
+        save_peft(tmp_path / "b", model, own, trained(model, own))
+
+
 # The command line, real adapters, bad input
 
 GPT2_TIGRINYA = SHARED / "models/gpt2-tigrinya-lora-peft"
@@ -359,7 +452,14 @@ def test_the_verbs(base, tmp_path, call):
         "merge", "--adapter", tmp_path / "a.safetensors", "--model", base_folder, "--out", tmp_path / "m"
     )
     assert status == 0, err
+    pair = f"{tmp_path / 'a.safetensors'}=2,{tmp_path / 'a.safetensors'}=-1"
+    status, out, err = call("combine", "--adapters", pair, "--model", base_folder, "--out", tmp_path / "c.safetensors")
+    assert status == 0, err
+    status, out, err = call("export", tmp_path / "c.safetensors", "--model", base_folder, "--out", tmp_path / "sum")
+    assert status == 0, err
     want = theirs(read_there("bert", base_folder, tmp_path / "there"), "bert")
+    got = theirs(read_there("bert", base_folder, tmp_path / "sum"), "bert")
+    np.testing.assert_allclose(got, want, atol=1e-4, rtol=0)
     np.testing.assert_allclose(theirs(torch_base("bert", tmp_path / "m"), "bert"), want, atol=1e-4, rtol=0)
 
 
@@ -379,6 +479,50 @@ def test_a_real_adapter_of_gpt2(tmp_path):
     save_peft(tmp_path / "again", model, adapter.method, adapter.params, adapter.header["extra"])
     assert tensors_of(tmp_path / "again") == tensors_of(GPT2_TIGRINYA)
     assert json_of(tmp_path / "again") == json_of(GPT2_TIGRINYA)
+
+
+@needs_shared
+def test_a_real_adapter_of_roberta(tmp_path):
+    """loralib's file of MNLI, on a random RoBERTa of its size: every tensor, against the product in float64."""
+    from safetensors.numpy import load_file
+
+    config = transformers.RobertaConfig(vocab_size=VOCAB, max_position_embeddings=40, pad_token_id=0, num_labels=3)
+    torch.manual_seed(0)
+    transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / "base")
+    import_adapter(MNLI, str(tmp_path / "base"), tmp_path / "a.safetensors", alpha=16)
+    model = hub.load(tmp_path / "base")
+    adapter = load_adapter(tmp_path / "a.safetensors", model)
+    tensors, made = load_file(MNLI), flatten(merge(adapter.params))
+    bare, taken = flatten(model.params), set()
+    for path, w in made.items():
+        name = model.family.tensor(path)
+        module, _, leaf = name.rpartition(".")
+        if name in tensors:
+            assert np.array_equal(w.T if leaf == "weight" else w, tensors[name])
+            taken |= {name}
+        elif leaf == "weight" and f"{module}.lora_A" in tensors:
+            a, b = (tensors[f"{module}.lora_{x}"].astype(np.float64) for x in "AB")
+            np.testing.assert_allclose(w.T, bare[path].T + 16 / 8 * b @ a, atol=1e-6, rtol=0)
+            taken |= {f"{module}.lora_A", f"{module}.lora_B"}
+        else:
+            assert np.array_equal(w, bare[path])
+    assert taken == set(tensors)
+    assert len(tensors) == 52
+    save_peft(tmp_path / "there", model, adapter.method, adapter.params)
+    there = read_there("roberta", tmp_path / "base", tmp_path / "there")
+    np.testing.assert_allclose(ours(model, adapter.params, "roberta"), theirs(there, "roberta"), atol=2e-4, rtol=0)
+
+
+def test_biases_of_loralib(base, tmp_path):
+    _, model = base("bert")
+    rng, stem = np.random.default_rng(0), "bert.encoder.layer.0.attention.self.query"
+    shapes = {"lora_A": (3, 16), "lora_B": (16, 3), "bias": (16,)}
+    tensors = {f"{stem}.{x}": rng.normal(size=shape).astype(np.float32) for x, shape in shapes.items()}
+    params, _ = read(model, *from_loralib(tensors, 3), [])
+    made = flatten(merge(params))["bert/encoder/layer_0/attention/self/query/bias"]
+    assert np.array_equal(made, tensors[f"{stem}.bias"])
+    with pytest.raises(ValueError, match=r"no tensor ends in .lora_A"):
+        from_loralib({f"{stem}.lora_B": tensors[f"{stem}.lora_B"]}, 3)
 
 
 def spoiled(folder, tmp_path, config=None, tensors=lambda t: t):
@@ -425,6 +569,16 @@ BAD: dict[str, tuple[dict, Any, str]] = {
     ),
     "no targets": ({"target_modules": None}, None, "has no target_modules"),
     "rank": ({"r": 4}, None, r"lora_A.weight \(3, 16\), expected \(4, 16\)"),
+    "no rank": ({"r": None}, None, r"lacks \['r'\], which LORA needs"),
+    "zero rank": ({"r": 0}, None, "r must be a whole number of at least 1; got 0"),
+    "a rank in words": ({"r": "3"}, None, "r must be a whole number of at least 1; got '3'"),
+    "no pattern": ({"target_modules": "("}, None, r"target_modules must be a list of names, or a pattern; got '\('"),
+    "no exclusion": ({"exclude_modules": "("}, None, "exclude_modules must be a list of names, or a pattern"),
+    "no patterns": ({"rank_pattern": [1]}, None, r"rank_pattern must be names or patterns with values; got \[1\]"),
+    "a layer in words": ({"layers_to_transform": "1"}, None, "layers_to_transform must be whole numbers; got '1'"),
+    "one name": ({"modules_to_save": "lm_head"}, None, "modules_to_save must be a list of names"),
+    "biases": ({"bias": "some"}, None, "bias must be 'none', 'all', 'lora_only' or 'vera_only'; got 'some'"),
+    "a token": ({"trainable_token_indices": [99]}, None, r"there are no tokens \[99\]; model.embed_tokens has 37 rows"),
     "a module": ({"modules_to_save": ["nowhere"]}, None, r"modules_to_save names \['nowhere'\]"),
 }
 
@@ -444,6 +598,10 @@ def test_bad_files(base, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"is no folder; write the folder that holds adapter_config.json"):
         load_peft(tmp_path / "nowhere", model)
     with pytest.raises(FileNotFoundError, match=r"has no adapter_config.json"):
+        load_peft(tmp_path, model)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/adapter_config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"write one of its folders \['other'\]"):
         load_peft(tmp_path, model)
     (tmp_path / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match="is no JSON"):

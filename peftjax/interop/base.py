@@ -61,6 +61,15 @@ class Reader:
     def site(self, path: str) -> Site | None:
         return next((s for s in self.model.sites if s.path == path), None)
 
+    def check_used(self, m: Module) -> None:
+        """Raises for the table of an encoder with a decoder: the module that PEFT would adapt computes nothing."""
+        table = next(s for s in self.model.sites if s.kind == "embedding")
+        if self.model.family.start_id is not None and m.path == table.path:
+            raise ValueError(
+                f"{m.name} is the table that encoder and decoder share; PEFT adapts the module of that name, which "
+                "neither of them calls, so the adapter changes nothing there. Trained tokens are supported"
+            )
+
 
 class Writer(NamedTuple):
     """An adapter being written.

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,17 @@ NEUTRAL = frozenset(
 )
 
 
+SIZES = ("r", "init_r", "target_r", "num_virtual_tokens")
+PATTERNS = ("rank_pattern", "alpha_pattern")
+NEEDED = {
+    "LORA": ("r", "lora_alpha"),
+    "ADALORA": ("init_r", "target_r", "lora_alpha"),
+    "VERA": ("r",),
+    "TRAINABLE_TOKENS": ("token_indices",),
+    **dict.fromkeys(["PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING"], ("num_virtual_tokens",)),
+}
+
+
 def load_peft(folder: str | Path, model: Model, revision: str | None = None) -> Adapter:
     """Puts an adapter of Hugging Face PEFT, a folder or a hub name, into the base that it was trained on.
 
@@ -68,19 +79,26 @@ def load_peft(folder: str | Path, model: Model, revision: str | None = None) -> 
     path = find_folder(folder, revision)
     config = read_config(path)
     tensors, copies, idle = load_tensors(path / WEIGHTS), [], {}
+    narrow: dict[str, list[str]] = {}
+    for name, x in tensors.items():
+        if is_narrow(x):
+            narrow.setdefault(x.dtype.name, []).append(name)
     for name in [n for n in tensors if IDLE.fullmatch(n)]:
         idle[name] = tensors.pop(name).tolist()
     try:
         params, method = read(model, config, tensors, copies)
     except ValueError as e:
         raise ValueError(f"{folder}: {e}") from e
-    return Adapter(params, method, {"extra": {"peft": {"config": config, "copies": copies, "idle": idle}}})
+    source = {"config": config, "copies": copies, "idle": idle, "narrow": narrow}
+    return Adapter(params, method, {"extra": {"peft": source}})
 
 
 def read(
     model: Model, config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], copies: list
 ) -> tuple[Tree, Method]:
     """The adapted parameters and the method that a configuration and its tensors say.
+
+    Tensors in float16 and bfloat16 are widened to float32, as PEFT does: sums and training need it.
 
     Args:
       copies: gets the names of tensors that are the base's own.
@@ -90,12 +108,15 @@ def read(
     """
     form = format_of(config)
     _check_fields(config, form)
-    r = Reader(model, config, dict(tensors))
+    _check_values(config)
+    stem = "base_model." if form.virtual else STEM
+    wide = {name: x.astype(np.float32) if is_narrow(x) else x for name, x in tensors.items()}
+    r = Reader(model, _with_head(config, tensors, stem), wide)
     nodes, methods = form.read(r)
     for name in [n for n in r.tensors if n.endswith(".base_layer.weight")]:
         copies.append(name)
         del r.tensors[name]
-    whole, others = selective.read_whole(r, "base_model." if form.virtual else STEM)
+    whole, others = selective.read_whole(r, stem)
     problems = [("missing", r.missing), ("of a wrong shape", r.wrong), ("taken by nothing", r.tensors)]
     if any(rows for _, rows in problems):
         said = "; ".join(f"{what}: {', '.join(sorted(rows))}" for what, rows in problems if rows)
@@ -105,6 +126,18 @@ def read(
         raise ValueError(f"the tensors do not fit {model.hf_config.architectures[0]}: {said}{near}")
     methods = [*methods, *others]
     return update(model.params, {**nodes, **whole}), chain(*methods) if len(methods) > 1 else methods[0]
+
+
+def is_narrow(x: np.ndarray) -> bool:
+    """Whether it is in float16, bfloat16 or less."""
+    return jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+
+
+def _with_head(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], stem: str) -> dict[str, Any]:
+    """With a classifier's trained head in `modules_to_save`, where PEFT takes it to be; old files do not say so."""
+    there, saved = ("classifier", "score"), [*(config.get("modules_to_save") or ())]
+    heads = [e for e in there if e not in saved and any(name.startswith(f"{stem}{e}.") for name in tensors)]
+    return dict(config) | ({"modules_to_save": saved + heads} if heads and config.get("task_type") == "SEQ_CLS" else {})
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
@@ -126,6 +159,53 @@ def _check_fields(config: Mapping[str, Any], form: Format) -> None:
             f"the configuration has fields that change the result and are not supported for {config['peft_type']}: "
             f"{said}"
         )
+
+
+def _is_pattern(x: Any) -> bool:
+    try:
+        return isinstance(x, str) and re.compile(x) is not None
+    except re.error:
+        return False
+
+
+def _is_whole(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool)
+
+
+def _is_list(x: Any, kind: Callable[[Any], bool]) -> bool:
+    return isinstance(x, list) and all(map(kind, x))
+
+
+def _is_name(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+# what is expected, of which fields, and whether a value is that
+VALUES: tuple[tuple[str, tuple[str, ...], Callable[[Any], bool]], ...] = (
+    ("a whole number of at least 1", SIZES, lambda x: _is_whole(x) and x >= 1),
+    ("a number", ("lora_alpha", "lora_dropout"), lambda x: isinstance(x, int | float) and not isinstance(x, bool)),
+    (
+        "a list of names, or a pattern",
+        ("target_modules", "exclude_modules", "feedforward_modules"),
+        lambda x: _is_pattern(x) or _is_list(x, _is_name),
+    ),
+    ("a list of names", ("modules_to_save",), lambda x: _is_list(x, _is_name)),
+    ("a list of whole numbers", ("token_indices",), lambda x: _is_list(x, _is_whole)),
+    ("whole numbers", ("layers_to_transform",), lambda x: _is_whole(x) or _is_list(x, _is_whole)),
+    ("names or patterns with values", PATTERNS, lambda x: isinstance(x, Mapping) and all(map(_is_pattern, x))),
+    ("'none', 'all', 'lora_only' or 'vera_only'", ("bias",), lambda x: x in ("none", "all", "lora_only", "vera_only")),
+)
+
+
+def _check_values(config: Mapping[str, Any]) -> None:
+    """Raises where a field that is needed is missing, or has no value that could be meant."""
+    needed = NEEDED.get(config["peft_type"], ())
+    if missing := [k for k in needed if config.get(k) is None]:
+        raise ValueError(f"the configuration lacks {missing}, which {config['peft_type']} needs")
+    for expected, fields, fits in VALUES:
+        for k in fields:
+            if config.get(k) is not None and not fits(config[k]):
+                raise ValueError(f"the configuration's {k} must be {expected}; got {config[k]!r}")
 
 
 def find_folder(name: str | Path, revision: str | None = None) -> Path:
@@ -154,9 +234,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     file = folder / CONFIG
     if not file.is_file():
-        raise FileNotFoundError(
-            f"{folder} has no {CONFIG}; write the folder of an adapter that Hugging Face PEFT saved"
-        )
+        inside = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        said = f"write one of its folders {inside}" if inside else "write the folder of an adapter that PEFT saved"
+        raise FileNotFoundError(f"{folder} has no {CONFIG}; {said}")
     try:
         config = json.loads(file.read_text())
     except json.JSONDecodeError as e:
@@ -215,6 +295,10 @@ def save_peft(
         m = there[name.removeprefix(STEM).removesuffix(".base_layer.weight")]
         tensors[name] = to_file(model, m.path, array(flatten(model.params)[m.path]))
     tensors |= {name: np.asarray(x, np.float32) for name, x in (source.get("idle") or {}).items()}
+    for dtype, found in (source.get("narrow") or {}).items():  # as it came, unless it has trained on
+        was = {name: tensors[name].astype(jnp.dtype(dtype)) for name in found if name in tensors}
+        if all(np.array_equal(x.astype(np.float32), tensors[name]) for name, x in was.items()):
+            tensors |= was
     if base and not config.get("base_model_name_or_path"):
         config["base_model_name_or_path"] = base
     folder = Path(folder)
@@ -228,6 +312,7 @@ def write(model: Model, method: Method, params: Tree, source: Mapping[str, Any])
     params = _without_noise(compact(unstack_layers(method.resolve(params, None))))
     base = flatten(model.params, is_leaf=is_node)
     nodes = {p: n for p, n in flatten(params, is_leaf=is_node).items() if is_node(n) and n is not base.get(p)}
+    nodes = {p: n for p, n in nodes.items() if not is_quantized(n)}  # what is left of a quantised base
     norms = {p for p in selective.norms(model) if isinstance(nodes.get(p), Trained)}
     kind = _kind(method, bool(norms))
     form, norms = FORMATS[kind], norms if kind == "LN_TUNING" else set()

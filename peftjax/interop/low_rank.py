@@ -37,12 +37,13 @@ def read_lora(r: Reader) -> tuple[dict[str, Any], list[Method]]:
     ranks: dict[str, Any] = {}
     alphas: dict[str, Any] = {}
     for m in r.targets("linear", "embedding"):
+        _check_embedding(r, m)
         rank = by_pattern(c.get("rank_pattern"), m.name, c["r"])
         alpha = by_pattern(c.get("alpha_pattern"), m.name, c["lora_alpha"])
         scale = alpha / (math.sqrt(rank) if c.get("use_rslora") else rank)
         site = r.site(m.path)
         only = "take" if site is not None and site.tied else None
-        common = {"scale": float(scale), "dropout": float(c.get("lora_dropout", 0.0)), "only": only}
+        common = {"scale": float(scale), "dropout": float(c.get("lora_dropout") or 0.0), "only": only}
         a, b = _factors(r, m, rank)
         if kind == "dora":
             length = r.take(f"{STEM}{m.name}.lora_magnitude_vector", b.shape[1:])
@@ -59,7 +60,7 @@ def read_lora(r: Reader) -> tuple[dict[str, Any], list[Method]]:
         rank_pattern=_by_rule(r, ranks),
         alpha_pattern=_by_rule(r, alphas),
         rslora=bool(c.get("use_rslora")),
-        dropout=float(c.get("lora_dropout", 0.0)),
+        dropout=float(c.get("lora_dropout") or 0.0),
         tied_embedding="take",
     )
     if kind in ("pissa", "olora"):  # PEFT subtracts the start from the base, which here stays as it is
@@ -94,6 +95,17 @@ def _factors(r: Reader, m: Module, rank: int) -> tuple[jax.Array, jax.Array]:
         a = r.take(f"{STEM}{m.name}.lora_A.weight", (rank, inputs))
         b = r.take(f"{STEM}{m.name}.lora_B.weight", (outputs, rank))
     return jnp.asarray(a.T), r.outputs(m, b.T)
+
+
+def _check_embedding(r: Reader, m: Module) -> None:
+    """Raises where PEFT's adapter of an embedding is no change of the table."""
+    r.check_used(m)
+    why = {
+        "embed_positions": "it computes the positions that it looks up, and PEFT takes its first argument for them",
+        "rel_embeddings": "the model reads the table itself, which PEFT leaves as it is",
+    }
+    if said := why.get(m.name.rpartition(".")[2]):
+        raise ValueError(f"LoRA on {m.name} means another thing in PEFT: {said}. Leave it out of target_modules")
 
 
 def _check_copy(r: Reader, m: Module) -> None:
@@ -134,6 +146,8 @@ def input_table(r: Reader) -> Module:
 
 def read_tokens(r: Reader, m: Module, indices: list[int], name: str) -> tuple[dict[str, Any], list[Method]]:
     """Trained rows of a table; PEFT keeps them in the order of the configuration, here they ascend."""
+    if wrong := [i for i in indices if not 0 <= i < r.weight(m).shape[0]]:
+        raise ValueError(f"there are no tokens {wrong[:5]}; {m.name} has {r.weight(m).shape[0]} rows")
     rows, order = r.take(name, (len(indices), r.weight(m).shape[1])), np.argsort(indices, kind="stable")
     ids = jnp.asarray(np.asarray(indices)[order], jnp.int32)
     return {m.path: Tokens(r.weight(m), ids, jnp.asarray(rows[order]))}, [trainable_tokens(sorted(indices))]
@@ -246,14 +260,14 @@ def read_adalora(r: Reader) -> tuple[dict[str, Any], list[Method]]:
             jnp.asarray(lam),
             r.outputs(m, q),
             scale=alpha / (c["init_r"] + EPSILON),
-            dropout=float(c.get("lora_dropout", 0.0)),
+            dropout=float(c.get("lora_dropout") or 0.0),
         )
     method = adalora(
         min(c["target_r"], c["init_r"]),
         c["init_r"],
         alpha,
         targets=spec_targets(r.model, nodes),
-        dropout=float(c.get("lora_dropout", 0.0)),
+        dropout=float(c.get("lora_dropout") or 0.0),
     )
     return nodes, [method]
 

@@ -93,7 +93,7 @@ def write_norms(w: Writer) -> Written:
 
 
 def read_trained_tokens(r: Reader) -> tuple[dict[str, Any], list[Method]]:
-    """Where the table is tied, the head's rows stand in the file once more."""
+    """The rows of what is tied to the table stand in the file once more."""
     table = input_table(r)
     wanted = r.config.get("target_modules")
     if wanted is not None and not (
@@ -101,19 +101,25 @@ def read_trained_tokens(r: Reader) -> tuple[dict[str, Any], list[Method]]:
     ):
         raise ValueError(f"target_modules {wanted!r} of TRAINABLE_TOKENS is not supported; only {table.name!r}")
     name = f"{STEM}{table.name}.trainable_tokens_delta"
-    twin = r.tensors.pop(f"{STEM}lm_head.trainable_tokens_delta", None)
-    if twin is not None and name in r.tensors and not np.array_equal(twin, r.tensors[name]):
-        raise ValueError("the rows of lm_head differ from those of the table that it is tied to")
+    for twin in _twins(r.model, table):
+        x = r.tensors.pop(f"{STEM}{twin}.trainable_tokens_delta", None)
+        if x is not None and name in r.tensors and not np.array_equal(x, r.tensors[name]):
+            raise ValueError(f"the rows of {twin} differ from those of the table that it is tied to")
     return read_tokens(r, table, r.config["token_indices"], name)
+
+
+def _twins(model: Model, table: Module) -> list[str]:
+    """The modules whose weight is the table too: the head, and the embeddings of an encoder and its decoder."""
+    at = table.name.rpartition("shared")[0]
+    both = [f"{at}encoder.embed_tokens", f"{at}decoder.embed_tokens"] if model.family.start_id is not None else []
+    return [*both, *(["lm_head"] if any(s.tied and s.path == table.path for s in model.sites) else [])]
 
 
 def write_trained_tokens(w: Writer) -> Written:
     (path,) = w.nodes
-    m, site = w.modules[path], w.site(path)
+    m = w.modules[path]
     order, rows = write_rows(w, path, w.source.get("token_indices"))
-    tensors = {f"{STEM}{m.name}.trainable_tokens_delta": rows}
-    if site is not None and site.tied:
-        tensors[f"{STEM}lm_head.trainable_tokens_delta"] = rows
+    tensors = {f"{STEM}{name}.trainable_tokens_delta": rows for name in (m.name, *_twins(w.model, m))}
     return Written({"token_indices": order, "target_modules": [m.name.rpartition(".")[2]]}, tensors)
 
 
@@ -138,6 +144,7 @@ def read_whole(r: Reader, stem: str) -> tuple[dict[str, Any], list[Method]]:
                 f"modules_to_save holds {m.name}, which is tied to the head; PEFT trains a copy of it and leaves the "
                 "head, which one table cannot say. Untie the base first (tie_word_embeddings=False)"
             )
+        r.check_used(m)
         nodes |= {path: Trained(r.whole(f"{stem}{m.name}.{leaf}", path)) for leaf, path in m.paths.items()}
     if r.config.get("bias", "none") != "none":
         for m in modules(r.model).values():

@@ -57,19 +57,21 @@ def from_loralib(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """loralib's tensors, `X.lora_A` (r, inputs) and `X.lora_B` (outputs, r), as PEFT's configuration and tensors.
 
-    What is no factor is a module that trained whole.
+    What is no factor is a module that trained whole, or a bias.
 
     Raises:
       ValueError: there are no factors, or no alpha is given.
     """
     factors = {n: x for n, x in tensors.items() if n.endswith((".lora_A", ".lora_B"))}
-    if not factors:
+    if not any(n.endswith(".lora_A") for n in factors):
         raise ValueError(
             f"no tensor ends in .lora_A; the file holds {sorted(tensors)[:3]}. Write the folder of an adapter"
         )
     if alpha is None:
         raise ValueError("loralib's files do not say alpha; give it (--alpha), as the training script has it")
-    whole = {n: x for n, x in tensors.items() if n not in factors}
+    rest = {n: x for n, x in tensors.items() if n not in factors}
+    biases = {n for n in rest if n.endswith(".bias") and f"{n.removesuffix('.bias')}.weight" not in rest}
+    whole = {n: x for n, x in rest.items() if n not in biases}
     ranks = {n.rpartition(".")[0]: x.shape[0] for n, x in factors.items() if n.endswith("_A")}
     rank = max(set(ranks.values()), key=[*ranks.values()].count)
     config = {
@@ -79,9 +81,10 @@ def from_loralib(
         "lora_alpha": alpha,
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "target_modules": sorted(ranks),
+        "bias": "all" if biases else "none",
         "modules_to_save": sorted({n.rpartition(".")[0] for n in whole}),
     }
-    renamed = {f"{STEM}{n}.weight": x for n, x in factors.items()} | {f"{STEM}{n}": x for n, x in whole.items()}
+    renamed = {f"{STEM}{n}.weight": x for n, x in factors.items()} | {f"{STEM}{n}": x for n, x in rest.items()}
     return config, renamed
 
 

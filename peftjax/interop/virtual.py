@@ -15,7 +15,11 @@ TABLE = "prompt_embeddings"
 
 
 def read_prefix(r: Reader) -> tuple[dict[str, Any], list[Method]]:
-    """Rows of (layers, key and value, heads, size); here each layer has its keys and values, (n, heads, size)."""
+    """Rows of (layers, key and value, heads, size); here each layer has its keys and values, (n, heads, size).
+
+    Where attention has a sliding window, PEFT's prefix leaves it as any token does, and here all tokens see it: texts
+    that fit the window together with the prefix give the same.
+    """
     places, n = _attention(r.model), r.config["num_virtual_tokens"]
     _, heads, size = heads_of(places[0])
     rows = r.take(TABLE, (n, len(places) * 2 * heads * size)).reshape(n, len(places), 2, heads, size)
