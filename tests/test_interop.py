@@ -449,6 +449,10 @@ def test_the_verbs(base, tmp_path, call):
     assert status == 1
     assert "holds an adapter already" in err
     status, out, err = call(
+        "export", tmp_path / "a.safetensors", "--model", base_folder, "--out", tmp_path / "a.safetensors"
+    )
+    assert (status, "is a file; write a new folder" in err) == (1, True)
+    status, out, err = call(
         "merge", "--adapter", tmp_path / "a.safetensors", "--model", base_folder, "--out", tmp_path / "m"
     )
     assert status == 0, err

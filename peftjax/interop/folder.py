@@ -319,7 +319,7 @@ def write(model: Model, method: Method, params: Tree, source: Mapping[str, Any])
     own = {p: n for p, n in nodes.items() if isinstance(n, form.nodes) or p in norms}
     trained = {p: n for p, n in nodes.items() if isinstance(n, Trained) and p not in own}
     rest = {p: n for p, n in nodes.items() if p not in own and p not in trained}
-    _refuse(rest | own, kind, base)
+    _refuse(rest | own, kind)
     there = {m.path: m for m in modules(model).values() if "weight" in m.paths}
     w = Writer(model, method, own, there, source)
     written = form.write(w)
@@ -363,7 +363,7 @@ def _kind(method: Method, norms: bool) -> str:
     return kinds.pop()
 
 
-def _refuse(nodes: Mapping[str, Any], kind: str, base: Mapping[str, Any]) -> None:
+def _refuse(nodes: Mapping[str, Any], kind: str) -> None:
     """What no folder can hold: a part of a fused product, a node in a node, a node of another method."""
     for path, n in nodes.items():
         if isinstance(n, Blocks):

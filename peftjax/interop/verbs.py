@@ -94,6 +94,8 @@ def export_adapter(file: str | Path, model_name: str, out: str | Path) -> Path:
     Raises:
       ValueError: the folder holds an adapter already; as `save_peft` and `load_adapter` do.
     """
+    if Path(out).is_file():
+        raise ValueError(f"{out} is a file; write a new folder as --out")
     if (Path(out) / CONFIG).exists():
         raise ValueError(f"{out} holds an adapter already; choose another --out, or remove that folder")
     header = read_header(file)
