@@ -338,7 +338,7 @@ def changed_config(at, name, **changes):
 BAD = {
     "folder": (lambda at: {"model": at / "nowhere"}, "nowhere is no folder"),
     "no model in it": (lambda at: {"model": at / "rte"}, "has no config.json"),
-    "architecture": (lambda at: {"model": changed_config(at, "bad1", model_type="opt")}, "peftjax has the families"),
+    "architecture": (lambda at: {"model": changed_config(at, "bad1", model_type="gptj")}, "peftjax has the families"),
     "config value": (
         lambda at: {"model": changed_config(at, "bad2", is_decoder=True)},
         "values that the model does not honour: is_decoder=True",

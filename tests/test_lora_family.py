@@ -107,11 +107,11 @@ def test_moved_is_pefts(pair, name):
             with torch.no_grad():
                 m.base_layer.weight -= torch.tensor(np.asarray(w.scale * (w.a0 @ w.b0)))
         else:  # the same start, up to the signs of the components
-            np.testing.assert_allclose(w.a0 @ w.b0, a.value() @ b.value(), atol=1e-5)
+            np.testing.assert_allclose(w.a0 @ w.b0, a.value() @ b.value(), atol=3e-5)  # two float32 SVDs
             np.testing.assert_allclose(jnp.abs(w.a0), jnp.abs(a.value()), atol=TOLERANCE)
             np.testing.assert_allclose(jnp.abs(w.b0), jnp.abs(b.value()), atol=TOLERANCE)
             params = fill(params, {f"{path}/a0": a, f"{path}/b0": b})  # so that their gradients compare
-        np.testing.assert_allclose(w.base - w.scale * (w.a0 @ w.b0), theirs_base.value(), atol=1e-5)
+        np.testing.assert_allclose(w.base - w.scale * (w.a0 @ w.b0), theirs_base.value(), atol=3e-5)
     assert 2 * len(there) == len(links) == sum("lora_" in n for n, _ in theirs.named_parameters())
     randomise(theirs, links)
     params = fill(params, links)

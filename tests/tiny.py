@@ -67,7 +67,8 @@ def config(family: str, **changes) -> transformers.PretrainedConfig:
         own = {"vocab_size": sizes["vocab_size"], "hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4}
         return transformers.BloomConfig(**own | {"initializer_range": 0.2, "seq_length": 64} | ends | changes)
     if family == "gpt_neox":
-        return transformers.GPTNeoXConfig(**sizes | ends | changes)
+        turn = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0, "partial_rotary_factor": 0.5}}
+        return transformers.GPTNeoXConfig(**sizes | turn | ends | changes)
     if family == "opt":
         return transformers.OPTConfig(
             ffn_dim=sizes.pop("intermediate_size"), init_std=sizes.pop("initializer_range"), **sizes | ends | changes
