@@ -141,6 +141,7 @@ def _with_head(config: Mapping[str, Any], tensors: Mapping[str, np.ndarray], ste
 
 
 def format_of(config: Mapping[str, Any]) -> Format:
+    """The format of a configuration's `peft_type`; an unknown one raises with the list."""
     kind = config.get("peft_type")
     if kind not in FORMATS:
         raise ValueError(f"the peft_type {kind!r} is not supported; supported are {sorted(FORMATS)}")
@@ -323,9 +324,10 @@ def write(model: Model, method: Method, params: Tree, source: Mapping[str, Any])
     there = {m.path: m for m in modules(model).values() if "weight" in m.paths}
     w = Writer(model, method, own, there, source)
     written = form.write(w)
-    stem, word = "base_model." if form.virtual else STEM, {"LORA": "lora_only", "VERA": "vera_only"}.get(kind)
+    own_biases = {"LORA": "lora_only", "ADALORA": "lora_only", "VERA": "vera_only"}  # as PEFT calls them
+    stem = "base_model." if form.virtual else STEM
     targeted = [there[p].name for p in own if p in there]
-    whole = selective.write_whole(w, trained, targeted, stem, "lora_only" if kind == "ADALORA" else word)
+    whole = selective.write_whole(w, trained, targeted, stem, own_biases.get(kind))
     written = Written({**written.config, **whole.config}, {**written.tensors, **whole.tensors})
     task = TASK_TYPES[model.module.head]
     if task == "SEQ_CLS" and not written.config.get("modules_to_save"):

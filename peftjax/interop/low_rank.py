@@ -32,6 +32,7 @@ MAKE = {"lora": lora, "dora": dora, "pissa": pissa, "olora": olora}
 
 
 def read_lora(r: Reader) -> tuple[dict[str, Any], list[Method]]:
+    """`W + scale · A B` (arXiv:2106.09685, section 4.1); scale: alpha / r, or alpha / sqrt(r) of rsLoRA."""
     c, kind = r.config, _kind(r.config)
     nodes: dict[str, Any] = {}
     ranks: dict[str, Any] = {}
@@ -170,6 +171,7 @@ def write_rows(w: Writer, path: str, indices: list[int] | None) -> tuple[list[in
 
 
 def write_lora(w: Writer) -> Written:
+    """The inverse of `read_lora`; the most common rank and alpha are the configuration's, others its patterns."""
     tensors: dict[str, np.ndarray] = {}
     config: dict[str, Any] = {}
     found = {p: n for p, n in w.nodes.items() if not isinstance(n, Tokens)}
@@ -244,6 +246,7 @@ def plain(n: Any) -> Any:
 
 
 def read_adalora(r: Reader) -> tuple[dict[str, Any], list[Method]]:
+    """`W + scale · P Λ Q` (arXiv:2303.10512, section 3.1): `lora_E`, (r, 1), is Λ; scale: alpha / (first r + 1e-5)."""
     c, nodes = r.config, {}
     alpha = c["lora_alpha"] if c["lora_alpha"] > 0 else float(c["init_r"])
     flags = c.get("rank_pattern") or {}
@@ -276,6 +279,7 @@ EPSILON = 1e-5  # which PEFT adds to the initial rank that it divides by
 
 
 def write_adalora(w: Writer) -> Written:
+    """The inverse of `read_adalora`; `rank_pattern` says which of the first triplets are left."""
     arguments, tensors, kept, chosen = w.arguments("adalora"), {}, {}, []
     start = w.source.get("init_r") or arguments["init_rank"]
     for path, n in w.nodes.items():
@@ -306,6 +310,7 @@ def write_adalora(w: Writer) -> Written:
 
 
 def read_vera(r: Reader) -> tuple[dict[str, Any], list[Method]]:
+    """`W + (A ∘ d) (B ∘ b)` (arXiv:2310.11454, section 3); `vera_A`, (r, inputs), and `vera_B`, (outputs, r), shared."""
     c, nodes, chosen = r.config, {}, r.targets("linear")
     inputs = max(r.weight(m).shape[0] for m in chosen)
     outputs = max(r.weight(m).shape[1] for m in chosen)
@@ -355,6 +360,7 @@ def _projections(seed: int, rank: int, inputs: int, outputs: int) -> tuple[np.nd
 
 
 def write_vera(w: Writer) -> Written:
+    """The inverse of `read_vera`."""
     tensors, chosen = {}, []
     for path, n in w.nodes.items():
         m = w.modules[path]
