@@ -310,7 +310,7 @@ def write_adalora(w: Writer) -> Written:
 
 
 def read_vera(r: Reader) -> tuple[dict[str, Any], list[Method]]:
-    """`W + (A ∘ d) (B ∘ b)` (arXiv:2310.11454, section 3); `vera_A`, (r, inputs), and `vera_B`, (outputs, r), shared."""
+    """`W + (A ∘ d) (B ∘ b)` (arXiv:2310.11454, section 3); `vera_A`, (r, inputs), and `vera_B`, (outputs, r)."""
     c, nodes, chosen = r.config, {}, r.targets("linear")
     inputs = max(r.weight(m).shape[0] for m in chosen)
     outputs = max(r.weight(m).shape[1] for m in chosen)
