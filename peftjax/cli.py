@@ -471,6 +471,56 @@ class Chat:
 
 
 @dataclasses.dataclass
+class Memory:
+    """Plans the memory of a training step on a named device, from the model's config alone.
+
+    The device's own compiler plans it (pip install 'peftjax[plan]' for GPUs, 'peftjax[tpu]' for TPUs; no device is
+    needed), or else this machine's, as an estimate.
+
+    Attributes:
+      model: folder in Hugging Face's layout, hub name, or config file; no weight is read.
+      method: as the methods of compare: "lora,full", "all".
+      device: names separated by commas: h200, h100, a100-80g, a100-40g, rtx4090, l4, rtx4060, v5e, v5p, cpu, here.
+      batch: rows.
+      seq: tokens of a row; of an encoder's text where a decoder is beside it.
+      target: tokens that such a decoder writes; default: as seq.
+      task: what the model is for; default: by its config.
+      labels: of a classifier; 1: a regression.
+      dtype: of the activations.
+      param_dtype: of the base's parameters; default: as dtype.
+      trainable_dtype: of what trains.
+      quantize: hold the linear weights of the base in 8 or 4 bits.
+      remat: what the backward pass computes again.
+      layout: a loop over the layers, a scan, or both side by side.
+      accumulate: parts into which a batch is split.
+      update: after the backward pass, or within it, layer by layer.
+      fit: plan the largest batch that fits.
+      compiler: the device's own, this machine's CPU's (an estimate), or the first that is installed.
+      json: print JSON, one line a plan.
+    """
+
+    model: str = "tiny-books"
+    method: str | None = None
+    device: str = "h200"
+    batch: int = 8
+    seq: int = 128
+    target: int | None = None
+    task: Literal["generation", "classification"] | None = None
+    labels: int = 2
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16"] | None = None
+    trainable_dtype: Literal["float32", "bfloat16"] = "float32"
+    quantize: Literal["int8", "nf4", "nf4-double"] | None = None
+    remat: Literal["none", "block", "dots"] = "none"
+    layout: Literal["loop", "scan", "both"] = "loop"
+    accumulate: int = 1
+    update: Literal["whole", "backward"] = "whole"
+    fit: bool = False
+    compiler: Literal["auto", "device", "cpu"] = "auto"
+    json: bool = False
+
+
+@dataclasses.dataclass
 class Methods:
     """Lists the methods: what trains, where, whether it merges, the paper."""
 
@@ -839,6 +889,46 @@ def chat(args: Chat) -> None:
     converse(writer, params, template, read=read, write=write, note=note, system=args.system, key=key)
 
 
+def memory(args: Memory) -> None:
+    import json
+
+    import jax.numpy as jnp
+
+    from . import memory as plans
+    from .train import Settings
+
+    dtypes = {"dtype": jnp.dtype(args.dtype), "param_dtype": jnp.dtype(args.param_dtype or args.dtype)}
+    settings = Settings(
+        batch_size=args.batch,
+        accumulate=args.accumulate,
+    )
+    found = []
+    for row in plans.survey(
+        args.model,
+        args.method,
+        [name.strip() for name in args.device.split(",")],
+        settings,
+        length=args.seq,
+        target_length=args.target,
+        purpose=args.task,
+        labels=args.labels,
+        layouts=("loop", "scan") if args.layout == "both" else (args.layout,),
+        fit=args.fit,
+        compiler=args.compiler,
+        say=lambda text: _say(text, Console(stderr=True)),
+        quantize=args.quantize,
+        remat=args.remat != 'none',
+        **dtypes,
+    ):
+        found.append(row)
+        if args.json:
+            print(json.dumps(row.json()), flush=True)
+    if not args.json:
+        console.print(plans.table(found))
+        for line in plans.notes(found):
+            _say(line, style="dim")
+
+
 def methods(args: Methods) -> None:
     from .methods import HEADER, lines
 
@@ -935,6 +1025,7 @@ VERBS: dict[type, Callable] = {
     Combine: combine,
     Generate: generate,
     Chat: chat,
+    Memory: memory,
     Methods: methods,
     Models: models,
     Instruct: instruct,
@@ -955,6 +1046,7 @@ Command = (
     | Annotated[Combine, tyro.conf.subcommand("combine")]
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
+    | Annotated[Memory, tyro.conf.subcommand("memory")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
     | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Instruct, tyro.conf.subcommand("instruct")]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from rich.table import Table
 
-from . import hub, report
+from . import devices, hub, memory, report
 from .arithmetic import Combined, adapter, check_choices, combine_updates, difference, updates
 from .chat import adopt_template
 from .checkpoint import base_of, load_adapter, read_header, save_adapter
@@ -81,7 +81,7 @@ def compare(
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {seeds}")
     out = check_writable(out)
-    problem, chosen = set_up(model_name, task, source, methods, settings.layout, **options)
+    problem, chosen = set_up(model_name, task, source, methods, settings, **options)
     for name in rates:
         if name and not any(name in names_of(e) for e in chosen):
             raise ValueError(f"a learning rate is given for {name!r}; the methods are {[e.name for e in chosen]}")
@@ -142,7 +142,7 @@ def train(
     if isinstance(task, str):
         get_task(task)
     out = check_writable(out)
-    problem, (entry,) = set_up(model_name, task, source, method, settings.layout, **options)
+    problem, (entry,) = set_up(model_name, task, source, method, settings, **options)
     problem = _with_head_of_seed(problem, settings.seed)
     _say_notes(problem, [entry], say)
     rates = {} if rate is None else {"": rate}
@@ -414,15 +414,17 @@ def extract_difference(
 
 
 def set_up(
-    model_name: str, task: str | Task, source: str | None, methods: str | None, layout: str = "loop", **options: Any
+    model_name: str, task: str | Task, source: str | None, methods: str | None, settings: Settings, **options: Any
 ) -> tuple[Problem, list[Entry]]:
     """The problem, and the methods fitted to its model; each transform is tried on abstract shapes.
 
     Args:
       methods: as in `compare`; what fits the model is taken, where nobody asked for it by name.
+      settings: of their training: what cannot fit into the memory is refused before the weights are read.
 
     Raises:
       ValueError: a method does not fit the model (a target that matches nothing, a rank too large, ...).
+      DoesNotFit: a step of a method needs more memory than there is, with what would make it fit.
     """
     chosen: list[Entry] = []
     left_out: list[str] = []
@@ -439,16 +441,23 @@ def set_up(
         )
         for entry in found:
             try:
-                _try(entry, model, layout)
+                _try(entry, model, settings.layout)
             except ValueError as e:
                 if methods not in (None, "all"):
                     raise
                 left_out.append(f"{entry.name} is left out: {e}")  # nobody asked for it by name
             else:
                 chosen.append(entry)
-        return max(virtual_tokens(_try(e, model, layout)) for e in chosen)
+        return max(virtual_tokens(_try(e, model, settings.layout)) for e in chosen)
 
-    problem = prepare(model_name, task, source, reserve=reserve, **options)
+    def before(problem: Problem, describe: Callable[..., Model]) -> None:
+        batch, here = problem.largest_batch(settings.batch_size), devices.present()
+        facts = {k: options[k] for k in ("dtype", "param_dtype", "quantize", "remat") if k in options}
+        for entry in chosen:
+            made = (lambda _, e=entry: e.method, lambda _: batch)
+            memory.check(memory.Case(describe, *made, problem.task.kind, settings, facts), here, entry.name)
+
+    problem = prepare(model_name, task, source, reserve=reserve, before=before, **options)
     return problem._replace(notes=(*problem.notes, *left_out)), chosen
 
 

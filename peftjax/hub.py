@@ -21,7 +21,7 @@ from .methods.base import Site, select, virtual_tokens
 from .models import FAMILIES, Family
 from .models.base import read_config
 from .models.layers import Cache, Output
-from .tree import Tree, flatten, get, update
+from .tree import Tree, cast, flatten, get, update
 from .weights import is_node, merge
 
 TASKS = {  # what for -> heads that will do
@@ -230,6 +230,7 @@ def from_config(
     *,
     labels: int | list[str] | None = None,
     dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
     quantize: str | None = None,
     remat: bool = False,
     seed: int | None = 0,
@@ -250,15 +251,56 @@ def from_config(
     model = _describe(hf_config, task, dtype, remat, type(hf_config).__name__)
     if seed is not None:
         model = model._replace(params=_init(model, jax.random.key(seed)))
-    model = model._replace(forced=_forced(model))
-    if quantize is None:
-        return model
-    change = functools.partial(quantization.quantize, sites=model.sites, how=quantize)
-    return model._replace(params=jax.eval_shape(change, model.params) if seed is None else change(model.params))
+
+    def change(params):
+        params = cast(params, param_dtype)
+        return params if quantize is None else quantization.quantize(params, model.sites, quantize)
+
+    params = jax.eval_shape(change, model.params) if seed is None else change(model.params)
+    return model._replace(params=params, forced=_forced(model))
 
 
-def find_folder(name: str | Path, revision: str | None = None) -> Path:
-    """The folder itself, a base that comes with the package, or the hub's snapshot, downloaded if need be."""
+def describe(
+    name: str | Path,
+    task: str | None = None,
+    *,
+    labels: int | list[str] | None = None,
+    dtype: Any = jnp.float32,
+    param_dtype: Any = jnp.float32,
+    quantize: str | None = None,
+    remat: bool = False,
+    revision: str | None = None,
+) -> Model:
+    """A model's shapes from its config alone: `load` without reading, or downloading, any weight.
+
+    Args:
+      name: a folder, a hub name, or a config file (JSON, as transformers writes it).
+      the rest: as for `load`.
+
+    Raises:
+      FileNotFoundError, ValueError: as `load`, for what the config says.
+
+    >>> from peftjax.tree import count
+    >>> count(describe("tiny-books").params)
+    1104512
+    """
+    where = Path(name) if Path(name).is_file() else find_folder(name, revision, ("config.json",))
+    hf_config = _read_hf_config(where)
+    quantize = bnb.take_way(where, hf_config) or quantize
+    choices = {"dtype": dtype, "param_dtype": param_dtype, "quantize": quantize, "remat": remat}
+    return from_config(hf_config, task, labels=labels, seed=None, **choices)
+
+
+# What of a hub's repository is read; no pickle, no code.
+FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+
+
+def find_folder(name: str | Path, revision: str | None = None, files: tuple[str, ...] = FILES) -> Path:
+    """The folder itself, a base that comes with the package, or the hub's snapshot, downloaded if need be.
+
+    Args:
+      files: patterns of what to download.
+    """
     path = Path(name)
     if str(name) in BUNDLED:  # a folder of that name here is `./tiny-books`
         return BUNDLED[str(name)].folder
@@ -268,9 +310,8 @@ def find_folder(name: str | Path, revision: str | None = None) -> Path:
         raise FileNotFoundError(f"{name} is no folder; write the folder that holds config.json, or a hub name")
     import huggingface_hub
 
-    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=patterns))
+        return Path(huggingface_hub.snapshot_download(str(name), revision=revision, allow_patterns=[*files]))
     except Exception as e:  # the hub's errors are many: no such name, gated, no network
         raise FileNotFoundError(
             f"{name!r} is no folder here, and the hub did not give it ({type(e).__name__}: {e}); "
@@ -388,9 +429,10 @@ def fingerprint(model: Model) -> str:
 
 
 def _read_hf_config(folder: Path) -> Any:
+    """transformers' config of a folder, or of a config file."""
     import transformers
 
-    file = folder / "config.json"
+    file = folder if folder.is_file() else folder / "config.json"
     if not file.is_file():
         raise FileNotFoundError(f"{folder} has no config.json; write the folder of a model in Hugging Face's layout")
     try:

@@ -197,7 +197,7 @@ def _bench(
     if methods is None:
         problem = prepare(model_name, derived, None, need_train=False, **options)
     else:
-        problem, chosen = compare.set_up(model_name, derived, None, methods, settings.layout, **options)
+        problem, chosen = compare.set_up(model_name, derived, None, methods, settings, **options)
     if problem.model.fresh:
         raise ValueError(f"{model_name} holds no {list(problem.model.fresh)}; a model that answers must be trained")
     problem = problem._replace(notes=(*problem.notes, *notes))

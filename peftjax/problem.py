@@ -1,5 +1,6 @@
 """A problem: one model, one task, its data as tokens; the loss to train on and the score to judge by."""
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from .models.layers import shift_right
 from .tasks import Task, get_task
 from .tree import Tree
 
+Objective = Callable[[Tree, dict, jax.Array | None], tuple[jax.Array, jax.Array]]
 EVAL_BATCH = 64
 CHOICE_METRICS = {"accuracy", "accuracy_norm"}
 
@@ -64,6 +66,14 @@ class Problem(NamedTuple):
             return data.packed_batches(self.train, batch_size, self.packed, pad_id=pad, **order)
         return data.batches(self.train, batch_size, self.buckets, pad_id=pad, shuffle_seed=seed, epoch=number)
 
+    def largest_batch(self, batch_size: int) -> dict:
+        """A training batch of the greatest length."""
+        if self.packed is not None:
+            return next(self.epoch(0, batch_size, 0))
+        planned = data.plan(self.train, batch_size, self.buckets)
+        longest = max(planned, key=lambda one: one.length + one.target_length)
+        return data.make_batch(self.train, longest, batch_size, pad_id=self.pad_id)
+
     def steps_per_epoch(self, batch_size: int) -> int:
         if self.packed is not None:
             return -(-len(data.pack([len(e.input_ids) for e in self.train], self.packed)) // batch_size)
@@ -94,6 +104,7 @@ def prepare(
     decoding: Decoding | None = None,
     pack: bool = False,
     chat_template: str | None = None,
+    before: Callable[[Problem, Callable[..., Model]], None] = lambda problem, describe: None,
     **load: Any,
 ) -> Problem:
     """Loads a model, its tokenizer and a task's data, and turns the texts into tokens.
@@ -113,6 +124,8 @@ def prepare(
         likely token, again and again.
       pack: put several training texts into a row, of as many tokens as a text may have; none sees another.
       chat_template: of conversations, a Jinja text; default: the tokenizer's own.
+      before: called before the weights are read, with the problem on a model of shapes alone, and with
+        `peftjax.hub.describe` of this name and task.
       load: passed to `peftjax.hub.load`.
 
     Raises:
@@ -153,7 +166,8 @@ def prepare(
         tokenizer = hub.load_tokenizer(model_name)
         tokenizer.chat_template = chat_template or tokenizer.chat_template
         sft.check_tokenizer(tokenizer)
-    model = hub.load(model_name, purpose, labels=labels, **load)
+    describe = functools.partial(hub.describe, model_name, purpose, labels=labels)
+    model = describe(**{k: v for k, v in load.items() if k not in ("fresh_head", "seed")})
     tokenizer = hub.load_tokenizer(model_name) if tokenizer is None else tokenizer
     if pack:
         hub.check_packable(model.family)
@@ -208,7 +222,7 @@ def prepare(
     buckets = data.bucket_lengths(lengths, max_buckets, limit=limit)
     if pack and train:
         notes.append(_padding(train, buckets, limit))
-    return Problem(
+    problem = Problem(
         model=model,
         tokenizer=tokenizer,
         task=task,
@@ -222,6 +236,8 @@ def prepare(
         decoding=decoding,
         packed=limit if pack else None,
     )
+    before(problem, describe)
+    return problem._replace(model=hub.load(model_name, purpose, labels=labels, **load))
 
 
 def _padding(train: list[data.Example], buckets: tuple[int, ...], row_length: int) -> str:
@@ -273,13 +289,17 @@ def _first(task: Task, rows: list[dict], limit: int | None) -> list[dict]:
     return [row for row in rows if tuple(row[c] for c in task.inputs) in set(keys)]
 
 
-def objective(problem: Problem) -> Callable[[Tree, dict, jax.Array | None], tuple[jax.Array, jax.Array]]:
+def objective(problem: Problem) -> Objective:
+    """The loss of a problem: `loss_of` its model and the kind of its task."""
+    return loss_of(problem.model, problem.task.kind)
+
+
+def loss_of(model: Model, kind: str) -> Objective:
     """(params, batch, key or None) -> (sum of losses, sum of weights).
 
     Classification: cross-entropy an example; regression: squared error; generation: cross-entropy a token
     of the completion.
     """
-    model, kind = problem.model, problem.task.kind
 
     def loss(params, batch, key):
         if "target_ids" in batch and model.family.start_id is not None:

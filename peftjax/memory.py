@@ -1,0 +1,521 @@
+"""The memory plan of a training step, before it runs and without its weights: abstract shapes, and XLA's own compiler.
+
+A step is described by a `Case`: a model from its config alone, a method, a batch. `plan` compiles it ahead of time for a
+device, present or absent (`peftjax.devices`), and reads the compiler's buffer assignment. `check` refuses a run that
+cannot fit, compiling only where bounds leave it open.
+"""
+
+import dataclasses
+import functools
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from .counting import bound, flops, traffic
+from .devices import GB, Device, Target, compiler_of, find, target
+from .hub import TASKS, Model, describe
+from .methods import Method
+from .problem import loss_of
+from .run import entries, named
+from .train import Settings, make_optimizer, make_step, start
+from .tree import Tree, distinct, flatten, nbytes
+
+STEPS = 1000  # a run's length where nobody says; the size of no array depends on it
+
+
+class Case(NamedTuple):
+    """A training step that could be run.
+
+    Attributes:
+      describe: (dtype, param_dtype, quantize, remat) by name -> the model's shapes: `peftjax.hub.describe`, say.
+      method: model -> method.
+      batch: model -> the arrays of a batch, or their shapes.
+      kind: of the task: 'generation', 'classification' or 'regression'.
+      settings: how it trains; `accumulate`, `layout`, `update` and `trainable_dtype` change the plan.
+      options: for `describe`.
+    """
+
+    describe: Callable[..., Model]
+    method: Callable[[Model], Method]
+    batch: Callable[[Model], dict]
+    kind: str
+    settings: Settings
+    options: dict[str, Any] = {}
+
+
+class Step(NamedTuple):
+    """A step as it would be called, on shapes.
+
+    Attributes:
+      call: the jitted step, its state donated.
+      arguments: state, frozen arrays, batch, key.
+      frozen, trainable, optimizer, batch: bytes of each.
+      dtype: of the activations.
+    """
+
+    call: Any
+    arguments: tuple
+    frozen: int
+    trainable: int
+    optimizer: int
+    batch: int
+    dtype: str
+
+    @property
+    def held(self) -> int:
+        """Bytes of all that stays from step to step."""
+        return self.frozen + self.trainable + self.optimizer + self.batch
+
+
+class Plan(NamedTuple):
+    """What a training step needs, in bytes and FLOPs.
+
+    Attributes:
+      device: what it was planned for.
+      by: the compiler that planned it; `exact`: whether that is the device's own.
+      frozen: weights that do not train.
+      trainable: weights that do.
+      gradients: of the trainables; where the update is part of the backward pass, of the largest group of them.
+      optimizer: state of the optimizer.
+      activations: everything else that lives during a step: activations, temporaries, the batch.
+      peak: the sum.
+      flops: of a step.
+      traffic: bytes that a step moves to and from memory; None where the compiled program does not tell.
+      compile_seconds: what compiling took here.
+      dtype: of the activations.
+    """
+
+    device: Device
+    by: str
+    exact: bool
+    frozen: int
+    trainable: int
+    gradients: int
+    optimizer: int
+    activations: int
+    peak: int
+    flops: float
+    traffic: float | None
+    compile_seconds: float
+    dtype: str
+
+    @property
+    def held(self) -> int:
+        """Bytes that do not depend on the batch."""
+        return self.peak - self.activations
+
+    @property
+    def fits(self) -> bool:
+        """Whether the peak leaves the device its reserve."""
+        return self.peak <= self.device.room
+
+    @property
+    def seconds(self) -> float | None:
+        """The roofline: no step is faster than its FLOPs at the device's rate, or its bytes at the bandwidth.
+
+        Williams et al. 2009, "Roofline: an insightful visual performance model". None where the device's rates are not
+        known.
+        """
+        rate = self.device.rates.get(self.dtype)
+        if rate is None:
+            return None
+        moved = (self.traffic or 0.0) / self.device.bandwidth if self.device.bandwidth else 0.0
+        return max(self.flops / rate, moved)
+
+    def json(self) -> dict[str, Any]:
+        """The plan as JSON, with the device's name, whether it fits and the roofline."""
+        facts = {k: v for k, v in self._asdict().items() if k != "device"}
+        room = {"device": self.device.title, "memory": self.device.memory, "reserved": self.device.reserved}
+        return room | facts | {"fits": self.fits, "seconds": self.seconds}
+
+
+def abstract_batch(model: Model, kind: str, rows: int, length: int, target_length: int | None = None) -> dict:
+    """The shapes of a batch as `peftjax.data.make_batch` has it.
+
+    Args:
+      length: of the texts; of what an encoder reads, where a decoder is beside it.
+      target_length: of what that decoder writes; default: `length`.
+    """
+    texts, numbers = ("input_ids", "attention_mask"), (rows, length)
+    shapes: dict[str, tuple] = dict.fromkeys(texts, numbers)
+    if getattr(model.config, "type_vocab_size", 0):
+        shapes["type_ids"] = numbers
+    if kind == "generation" and model.family.start_id is not None:
+        shapes |= dict.fromkeys(("target_ids", "loss_mask"), (rows, target_length or length))
+    elif kind == "generation":
+        shapes["loss_mask"] = numbers
+    else:
+        shapes["labels"] = (rows,)
+    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
+    if kind == "regression":
+        batch["labels"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
+    return batch | {"weight": jax.ShapeDtypeStruct((rows,), jnp.float32), "index": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+
+
+def lay_out(case: Case) -> Step:
+    """The step of a case, on shapes alone: nothing is loaded, computed or compiled.
+
+    Raises:
+      ValueError: the method does not fit the model.
+    """
+    s = case.settings
+    model = case.describe(**case.options)
+    method, batch = case.method(model), _shapes(case.batch(model))
+    tx = make_optimizer(s, s.steps or STEPS, method)
+    whole: list[Callable] = []
+
+    def begin(params: Tree) -> tuple:
+        adapted = method.init(jax.random.key(0), params, model.sites)
+        state, frozen = start(method, adapted, tx, s.layout)
+        arrays, again = distinct(frozen)
+        whole.append(again)
+        return state, arrays
+
+    state, frozen = jax.eval_shape(begin, model.params)
+    inner = make_step(loss_of(model, case.kind), method, tx, s.accumulate)
+    call = jax.jit(lambda state, frozen, batch, key: inner(state, whole[0](frozen), batch, key), donate_argnums=0)
+    return Step(
+        call,
+        (state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))),
+        frozen=nbytes(frozen),
+        trainable=nbytes(state.trainable),
+        optimizer=nbytes(state.opt_state),
+        batch=nbytes(batch),
+        dtype=jnp.dtype(model.module.dtype).name,
+    )
+
+
+def _shapes(batch: dict) -> dict:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), batch)
+
+
+def _gradients(step: Step, settings: Settings) -> int:
+    """Bytes of the gradients that exist at once."""
+    trainable = step.arguments[0].trainable
+    return nbytes(trainable)
+
+
+def plan(case: Case, device: Device, *, estimate: bool = False) -> Plan:
+    """The memory plan of a case on a device, by XLA.
+
+    Args:
+      estimate: by the CPU's compiler instead of the device's own.
+
+    Raises:
+      ValueError: the device's compiler is not installed (with the extra that has it), or the method does not fit.
+    """
+    step, place = lay_out(case), target(device, estimate)
+    sharding = jax.sharding.SingleDeviceSharding(place.device)
+    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), step.arguments)
+    traced = step.call.trace(*arguments)
+    began = time.perf_counter()
+    peak, moved = _compile(traced, place)
+    gradients = min(_gradients(step, case.settings), peak - step.held)
+    return Plan(
+        device=device,
+        by=place.by,
+        exact=place.exact,
+        frozen=step.frozen,
+        trainable=step.trainable,
+        gradients=gradients,
+        optimizer=step.optimizer,
+        activations=peak - gradients - step.frozen - step.trainable - step.optimizer,
+        peak=peak,
+        flops=flops(traced.jaxpr),
+        traffic=moved,
+        compile_seconds=time.perf_counter() - began,
+        dtype=step.dtype,
+    )
+
+
+def _compile(traced: Any, place: Target) -> tuple[int, float | None]:
+    """The peak of a compiled step, and the bytes that it moves."""
+    try:
+        compiled = traced.lower().compile(compiler_options=place.options)
+    except jax.errors.JaxRuntimeError as e:  # the TPU's compiler refuses what does not fit, and says how much it wanted
+        wanted = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", str(e))
+        if wanted is None:
+            raise
+        return int(float(wanted[1]) * {"M": 2**20, "G": 2**30}[wanted[2]]), None
+    memory = compiled.memory_analysis()
+    arguments = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return arguments + memory.temp_size_in_bytes, traffic(compiled.as_text())
+
+
+def largest_batch(plan_of: Callable[[int], Plan], rows: int) -> tuple[int, Plan | None]:
+    """The largest number of rows whose plan fits, and that plan; 0 and None where one row does not fit.
+
+    A peak grows nearly in proportion to the rows, so each try is where the line through the nearest two says. The answer
+    is exact all the same: its plan fits, and that of one row more does not.
+
+    Args:
+      plan_of: rows -> plan.
+      rows: to start from.
+    """
+    plans: dict[int, Plan] = {}
+    fits, fails = 0, None
+    while fails is None or fails - fits > 1:
+        plans[rows] = plan_of(rows)
+        fits, fails = (rows, fails) if plans[rows].fits else (fits, rows)
+        guess = _crossing(plans)
+        if fails is None:
+            rows = min(guess, 16 * fits) if guess > fits else 2 * fits
+        elif len(plans) > 8:  # the line is no good here: halve
+            rows = (fits + fails) // 2
+        else:
+            rows = min(max(guess, fits + 1), fails - 1)
+    return fits, plans.get(fits)
+
+
+def _crossing(plans: dict[int, Plan]) -> int:
+    """Where the line through the two plans nearest to the room meets it; through one plan and what is held at none."""
+    room = next(iter(plans.values())).device.room
+    a, b = [*sorted(plans, key=lambda n: abs(plans[n].peak - room))[:2], 0][:2]
+    at_b = plans[b].peak if b else plans[a].held
+    slope = (plans[a].peak - at_b) / (a - b)
+    return a + int((room - plans[a].peak) // slope) if slope > 0 else 2 * max(plans)
+
+
+class DoesNotFit(ValueError):
+    """A training step needs more memory than the device has; the message says what would make it fit."""
+
+
+def check(case: Case, device: Device, name: str) -> None:
+    """Raises where a step cannot run on the device. Nothing is loaded, and little compiled.
+
+    What is held from step to step is a lower bound, and with every intermediate result alive (`counting.bound`) an upper
+    one; only where the device's memory is between the two is the step compiled for its plan.
+
+    Args:
+      name: of the method, for the message.
+
+    Raises:
+      DoesNotFit: with the sizes, and with what would make it fit.
+      ValueError: the method does not fit the model.
+    """
+    step = lay_out(case)
+    if step.held <= device.room and step.held + bound(step.call.trace(*step.arguments).jaxpr) <= device.room:
+        return
+    needs, what = step.held, "before any activation"
+    if needs <= device.room:
+        found = plan(case, device)
+        if found.fits:
+            return
+        needs, what = found.peak, "at its peak"
+    raise DoesNotFit(
+        f"{name} needs {needs / GB:.2f} GB {what}, and {device.title} has {device.room / GB:.2f} GB for it (frozen "
+        f"{step.frozen / GB:.2f}, trainable {step.trainable / GB:.2f}, optimizer {step.optimizer / GB:.2f}); "
+        + _advice(case, device)
+    )
+
+
+def _advice(case: Case, device: Device) -> str:
+    tried = []
+    for flags, variant in variants(case):
+        try:
+            if lay_out(variant).held > device.room:
+                tried.append(flags)
+                continue
+            found = plan(variant, device)
+        except ValueError:  # a way that this method, or this model, does not take
+            continue
+        if found.fits:
+            return f"it would fit with {flags} ({found.peak / GB:.2f} GB)"
+        tried.append(flags)
+    return f"it would not fit even with {tried[-1]}; choose a smaller model" if tried else "choose a smaller model"
+
+
+def variants(case: Case) -> Iterator[tuple[str, Case]]:
+    """Ways to need less memory, each with those before it: the flags of the command line, and the case.
+
+    From what changes no number, over what rounds, to what fixes the base.
+    """
+    flags: list[str] = []
+
+    def step(flag: str, of_model: dict[str, Any], of_training: dict[str, Any]) -> tuple[str, Case]:
+        nonlocal case
+        flags.append(flag)
+        settings = dataclasses.replace(case.settings, **of_training)
+        case = case._replace(options={**case.options, **of_model}, settings=settings)
+        return " ".join(flags), case
+
+    s = case.settings
+    if case.options.get("remat", "none") != "block":
+        yield step("--remat block", {"remat": "block"}, {})
+    if s.accumulate < s.batch_size:
+        yield step(f"--accumulate {s.batch_size}", {}, {"accumulate": s.batch_size})
+    half = jnp.dtype(jnp.bfloat16)
+    if any(jnp.dtype(case.options.get(name, jnp.float32)) != half for name in ("dtype", "param_dtype")):
+        both = dict.fromkeys(("dtype", "param_dtype"), half)
+        yield step("--dtype bfloat16 --param-dtype bfloat16", both, {})
+    if case.options.get("quantize") is None:
+        yield step("--quantize nf4", {"quantize": "nf4"}, {})
+
+
+class Row(NamedTuple):
+    """A line of the table of plans.
+
+    Attributes:
+      device: its name in `peftjax.devices.DEVICES`.
+      method: as it was written.
+      layout: of the parameters.
+      rows: of the batch.
+      plan: None where not even one row fits.
+      note: what the reader should know.
+    """
+
+    device: str
+    method: str
+    layout: str
+    rows: int
+    plan: Plan | None
+    note: str = ""
+
+    def json(self) -> dict[str, Any]:
+        facts = {"name": self.device, "method": self.method, "layout": self.layout, "batch": self.rows}
+        return facts | (self.plan.json() if self.plan else {"fits": False}) | {"note": self.note}
+
+
+def survey(
+    model_name: str,
+    methods: str | None,
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    length: int,
+    target_length: int | None = None,
+    purpose: str | None = None,
+    labels: int = 2,
+    layouts: Sequence[str] = ("loop",),
+    fit: bool = False,
+    compiler: str = "auto",
+    say: Callable[[str], Any] = print,
+    **options: Any,
+) -> Iterator[Row]:
+    """The plans of methods on devices, one after another.
+
+    Args:
+      model_name: hub name, folder or config file; no weight is read.
+      methods: as on the command line of `compare`.
+      names: of devices.
+      settings: `batch_size` is the batch's rows.
+      length, target_length: of the texts in tokens, as for `abstract_batch`.
+      purpose: 'generation' or 'classification'; default: what the config's architecture says.
+      labels: of a classifier; 1: a regression.
+      fit: plan the largest batch that fits instead.
+      compiler: 'device', the device's own; 'cpu', an estimate by the CPU's; 'auto': the first if it is installed.
+      options: `dtype`, `param_dtype`, `quantize`, `remat`.
+
+    Raises:
+      ValueError: an unknown device (with the list), a compiler that is not installed (with the extra), a text longer
+        than the model takes, a method that does not fit the model.
+    """
+    if compiler not in ("auto", "device", "cpu"):
+        raise ValueError(f"there is no compiler {compiler!r}; there are auto, device and cpu")
+    chosen = {name: find(name) for name in names}
+    describe = functools.partial(_described, model_name, purpose, labels)
+    model = describe(**options)
+    kind = _kind(model, labels)
+    if length > model.max_length or (target_length or 0) > model.max_length:
+        longest = max(length, target_length or 0)
+        raise ValueError(f"texts of {longest} tokens: this model takes {model.max_length}; write a smaller --seq")
+    heads = {s.module for s in model.sites if s.kind == "head"}
+    biases = any(p.endswith("/bias") and p.rpartition("/")[0] not in heads for p in flatten(model.params))
+    for entry in entries(named(methods, is_classifier=bool(heads)), is_classifier=bool(heads), has_biases=biases):
+        for name, device in chosen.items():
+            estimate = compiler == "cpu" or (compiler == "auto" and not compiler_of(device))
+            for layout in layouts:
+
+                def plan_of(rows: int, entry=entry, device=device, estimate=estimate, layout=layout) -> Plan:
+                    s = dataclasses.replace(settings, batch_size=rows, layout=layout)
+                    batch = functools.partial(abstract_batch, kind=kind, rows=rows, length=length)
+                    batch = functools.partial(batch, target_length=target_length)
+                    return plan(Case(describe, lambda _: entry.method, batch, kind, s, options), device, estimate=estimate)
+
+                try:
+                    rows = settings.batch_size
+                    rows, found = largest_batch(plan_of, rows) if fit else (rows, plan_of(rows))
+                    yield Row(name, entry.name, layout, rows, found, entry.note)
+                except ValueError as e:
+                    if methods not in (None, "all"):
+                        raise
+                    say(f"{entry.name} is left out: {e}")
+
+
+def _described(name: str, purpose: str | None, labels: int, **options: Any) -> Model:
+    model = describe(name, purpose, **options)
+    return model if model.module.head != "classification" else describe(name, "classification", labels=labels, **options)
+
+
+def _kind(model: Model, labels: int) -> str:
+    """The kind of task that the model's head is for."""
+    if model.module.head in TASKS["generation"]:
+        return "generation"
+    if model.module.head != "classification":
+        raise ValueError("this model has no head to train; say what it is for with --task generation or classification")
+    return "regression" if labels == 1 else "classification"
+
+
+COLUMNS = ("frozen", "trainable", "gradients", "optimizer", "activations", "peak")
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """The plans by part, in GB (1e9 bytes)."""
+    out = Table(box=box.SIMPLE_HEAD)
+    for title in ("device", "method", "batch"):
+        out.add_column(title, no_wrap=True)
+    several = len({row.layout for row in rows}) > 1
+    for title in (*(("layout",) if several else ()), *COLUMNS, "of", "", "TFLOP", "moved", "ms, at best"):
+        out.add_column(title, justify="right")
+    if several:
+        out.add_column("compiled in", justify="right")
+    for row in rows:
+        out.add_row(*cells(row, several))
+    return out
+
+
+def cells(row: Row, several: bool = False) -> list[str]:
+    """A line of the table as texts."""
+    p, named_ = row.plan, [row.device, row.method, str(row.rows), *([row.layout] if several else [])]
+    if p is None:
+        return [*named_, *["-"] * len(COLUMNS), "-", "does not fit", "-", "-", "-", *(["-"] if several else [])]
+    sizes = [f"{getattr(p, c) / GB:.2f}" for c in COLUMNS]
+    verdict = "fits" if p.fits else "does not fit"
+    return [
+        *named_,
+        *sizes,
+        f"{p.device.room / GB:.1f}",
+        verdict if p.exact else f"{verdict} (estimate)",
+        f"{p.flops / 1e12:.3g}",
+        "-" if p.traffic is None else f"{p.traffic / GB:.3g}",
+        "-" if p.seconds is None else f"{1000 * p.seconds:.3g}",
+        *([f"{p.compile_seconds:.1f} s"] if several else []),
+    ]
+
+
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What a reader of the table should know."""
+    plans = [row.plan for row in rows if row.plan is not None]
+    found = [
+        "GB are 1e9 bytes; activations: with temporaries and the batch; ms: by FLOPs at the data sheet's rate, or by bytes "
+        "at its bandwidth, whichever takes longer."
+    ]
+    for by in dict.fromkeys(p.by for p in plans):
+        found.append(f"Planned by {by}, jax {jax.__version__}.")
+    for d in dict.fromkeys(p.device for p in plans if p.device.reserved):
+        found.append(f"{d.title}: {d.memory / GB:.2f} GB, {d.reserved / GB:.2f} of them kept for context and workspaces.")
+    if any(not p.exact for p in plans):
+        extras = {"cuda": "plan", "tpu": "tpu"}
+        wanted = dict.fromkeys(extras[p.device.platform] for p in plans if not p.exact)
+        found.append(
+            "An estimate comes from this machine's compiler; for the device's own: "
+            + " or ".join(f"pip install 'peftjax[{extra}]'" for extra in wanted)
+        )
+    return [*found, *dict.fromkeys(f"{row.method}: {row.note}" for row in rows if row.note)]
