@@ -917,7 +917,7 @@ def memory(args: Memory) -> None:
         compiler=args.compiler,
         say=lambda text: _say(text, Console(stderr=True)),
         quantize=args.quantize,
-        remat=args.remat != 'none',
+        remat=args.remat != "none",
         **dtypes,
     ):
         found.append(row)

@@ -1,12 +1,13 @@
-"""Devices that a step can be planned for: what they hold, how fast they are, and how to compile for one that is absent.
+"""Devices that a step can be planned for: what they hold, how fast they are, how to compile for one that is absent.
 
-XLA compiles ahead of time for a description of a device. The CUDA compiler needs the wheels of the extra `plan`, the TPU
-compiler those of `tpu`; neither needs the device.
+XLA compiles ahead of time for a description of a device. The CUDA compiler needs the wheels of the extra `plan`, the
+TPU compiler those of `tpu`; neither needs the device.
 """
 
 import importlib.metadata
 import importlib.util
 import os
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -74,12 +75,12 @@ class Device(NamedTuple):
 
 
 def _gpu(title: str, memory: int, bandwidth: float, bf16: float, tf32: float, chip: Chip) -> Device:
-    rates = {"bfloat16": bf16 * 1e12, "float32": tf32 * 1e12}
+    rates: dict[str, float] = {"bfloat16": bf16 * 1e12, "float32": tf32 * 1e12}
     return Device(title, "cuda", memory, _CONTEXT, bandwidth * 1e9, rates, chip)
 
 
 def _tpu(title: str, memory: int, bandwidth: float, rate: float, topology: str) -> Device:
-    rates = dict.fromkeys(("bfloat16", "float32"), rate * 1e12)
+    rates: dict[str, float] = {"bfloat16": rate * 1e12, "float32": rate * 1e12}
     return Device(title, "tpu", memory, 600 * 10**6, bandwidth * 1e9, rates, topology=topology)
 
 
@@ -127,17 +128,23 @@ def present() -> Device:
     if one.platform == "cpu":
         return find("cpu")._replace(here=one)
     statistics = one.memory_stats() or {}
-    known = next((d for d in DEVICES.values() if _same(d.title, one.device_kind)), None)
+    known = next((d for d in DEVICES.values() if same(d.title, one.device_kind)), None)
     limit = int(statistics.get("bytes_limit", 0)) or (known.room if known else 0)
     platform = "tpu" if one.platform == "tpu" else "cuda"
     facts = known or Device(one.device_kind, platform, limit)
     return facts._replace(title=one.device_kind, memory=limit, reserved=0, here=one)
 
 
-def _same(title: str, kind: str) -> bool:
-    """Whether a device that calls itself `kind`, 'NVIDIA A100-SXM4-80GB' say, is the one of this title."""
-    words = title.replace("SXM", "").split()
-    return all(word in kind for word in words) or {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5"}.get(title) == kind
+def same(title: str, kind: str) -> bool:
+    """Whether a device that calls itself `kind` is the one of this title.
+
+    >>> same("NVIDIA A100 SXM 80 GB", "NVIDIA A100-SXM4-80GB"), same("NVIDIA L4", "NVIDIA L40S")
+    (True, False)
+    """
+    if title.startswith("TPU"):
+        return {"TPU v5e": "TPU v5 lite", "TPU v5p": "TPU v5"}[title] == kind
+    words = [word for word in title.split() if word not in ("SXM", "GB")]
+    return all(re.search(rf"(?<![A-Za-z0-9]){word}(?![0-9])", kind) for word in words)
 
 
 def host_memory() -> int:

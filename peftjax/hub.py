@@ -1,7 +1,6 @@
 """Hugging Face folders and hub names <-> models: strict both ways, safetensors only, tied stays tied."""
 
 import copy
-import functools
 import hashlib
 import json
 import re

@@ -1,7 +1,7 @@
 """The memory plan of a training step, before it runs and without its weights: abstract shapes, and XLA's own compiler.
 
-A step is described by a `Case`: a model from its config alone, a method, a batch. `plan` compiles it ahead of time for a
-device, present or absent (`peftjax.devices`), and reads the compiler's buffer assignment. `check` refuses a run that
+A step is described by a `Case`: a model from its config alone, a method, a batch. `plan` compiles it ahead of time for
+a device, present or absent (`peftjax.devices`), and reads the compiler's buffer assignment. `check` refuses a run that
 cannot fit, compiling only where bounds leave it open.
 """
 
@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -47,7 +47,7 @@ class Case(NamedTuple):
     batch: Callable[[Model], dict]
     kind: str
     settings: Settings
-    options: dict[str, Any] = {}
+    options: Mapping[str, Any] = {}
 
 
 class Step(NamedTuple):
@@ -156,7 +156,10 @@ def abstract_batch(model: Model, kind: str, rows: int, length: int, target_lengt
     batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name, shape in shapes.items()}
     if kind == "regression":
         batch["labels"] = jax.ShapeDtypeStruct((rows,), jnp.float32)
-    return batch | {"weight": jax.ShapeDtypeStruct((rows,), jnp.float32), "index": jax.ShapeDtypeStruct((rows,), jnp.int32)}
+    return batch | {
+        "weight": jax.ShapeDtypeStruct((rows,), jnp.float32),
+        "index": jax.ShapeDtypeStruct((rows,), jnp.int32),
+    }
 
 
 def lay_out(case: Case) -> Step:
@@ -228,7 +231,7 @@ def plan(case: Case, device: Device, *, estimate: bool = False) -> Plan:
         optimizer=step.optimizer,
         activations=peak - gradients - step.frozen - step.trainable - step.optimizer,
         peak=peak,
-        flops=flops(traced.jaxpr),
+        flops=float(flops(traced.jaxpr).total),
         traffic=moved,
         compile_seconds=time.perf_counter() - began,
         dtype=step.dtype,
@@ -252,8 +255,8 @@ def _compile(traced: Any, place: Target) -> tuple[int, float | None]:
 def largest_batch(plan_of: Callable[[int], Plan], rows: int) -> tuple[int, Plan | None]:
     """The largest number of rows whose plan fits, and that plan; 0 and None where one row does not fit.
 
-    A peak grows nearly in proportion to the rows, so each try is where the line through the nearest two says. The answer
-    is exact all the same: its plan fits, and that of one row more does not.
+    A peak grows nearly in proportion to the rows, so each try is where the line through the nearest two says. The
+    answer is exact all the same: its plan fits, and that of one row more does not.
 
     Args:
       plan_of: rows -> plan.
@@ -290,8 +293,8 @@ class DoesNotFit(ValueError):
 def check(case: Case, device: Device, name: str) -> None:
     """Raises where a step cannot run on the device. Nothing is loaded, and little compiled.
 
-    What is held from step to step is a lower bound, and with every intermediate result alive (`counting.bound`) an upper
-    one; only where the device's memory is between the two is the step compiled for its plan.
+    What is held from step to step is a lower bound, and with every intermediate result alive (`counting.bound`) an
+    upper one; only where the device's memory is between the two is the step compiled for its plan.
 
     Args:
       name: of the method, for the message.
@@ -353,7 +356,7 @@ def variants(case: Case) -> Iterator[tuple[str, Case]]:
         yield step(f"--accumulate {s.batch_size}", {}, {"accumulate": s.batch_size})
     half = jnp.dtype(jnp.bfloat16)
     if any(jnp.dtype(case.options.get(name, jnp.float32)) != half for name in ("dtype", "param_dtype")):
-        both = dict.fromkeys(("dtype", "param_dtype"), half)
+        both: dict[str, Any] = dict.fromkeys(("dtype", "param_dtype"), half)
         yield step("--dtype bfloat16 --param-dtype bfloat16", both, {})
     if case.options.get("quantize") is None:
         yield step("--quantize nf4", {"quantize": "nf4"}, {})
@@ -420,8 +423,8 @@ def survey(
     if compiler not in ("auto", "device", "cpu"):
         raise ValueError(f"there is no compiler {compiler!r}; there are auto, device and cpu")
     chosen = {name: find(name) for name in names}
-    describe = functools.partial(_described, model_name, purpose, labels)
-    model = describe(**options)
+    shapes = functools.partial(_described, model_name, purpose, labels)
+    model = shapes(**options)
     kind = _kind(model, labels)
     if length > model.max_length or (target_length or 0) > model.max_length:
         longest = max(length, target_length or 0)
@@ -437,7 +440,9 @@ def survey(
                     s = dataclasses.replace(settings, batch_size=rows, layout=layout)
                     batch = functools.partial(abstract_batch, kind=kind, rows=rows, length=length)
                     batch = functools.partial(batch, target_length=target_length)
-                    return plan(Case(describe, lambda _: entry.method, batch, kind, s, options), device, estimate=estimate)
+                    return plan(
+                        Case(shapes, lambda _: entry.method, batch, kind, s, options), device, estimate=estimate
+                    )
 
                 try:
                     rows = settings.batch_size
@@ -451,7 +456,9 @@ def survey(
 
 def _described(name: str, purpose: str | None, labels: int, **options: Any) -> Model:
     model = describe(name, purpose, **options)
-    return model if model.module.head != "classification" else describe(name, "classification", labels=labels, **options)
+    return (
+        model if model.module.head != "classification" else describe(name, "classification", labels=labels, **options)
+    )
 
 
 def _kind(model: Model, labels: int) -> str:
@@ -504,13 +511,15 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table should know."""
     plans = [row.plan for row in rows if row.plan is not None]
     found = [
-        "GB are 1e9 bytes; activations: with temporaries and the batch; ms: by FLOPs at the data sheet's rate, or by bytes "
-        "at its bandwidth, whichever takes longer."
+        "GB are 1e9 bytes; activations: with temporaries and the batch; ms: by FLOPs at the data sheet's rate, or by "
+        "bytes at its bandwidth, whichever takes longer."
     ]
     for by in dict.fromkeys(p.by for p in plans):
         found.append(f"Planned by {by}, jax {jax.__version__}.")
     for d in dict.fromkeys(p.device for p in plans if p.device.reserved):
-        found.append(f"{d.title}: {d.memory / GB:.2f} GB, {d.reserved / GB:.2f} of them kept for context and workspaces.")
+        found.append(
+            f"{d.title}: {d.memory / GB:.2f} GB, {d.reserved / GB:.2f} of them kept for context and workspaces."
+        )
     if any(not p.exact for p in plans):
         extras = {"cuda": "plan", "tpu": "tpu"}
         wanted = dict.fromkeys(extras[p.device.platform] for p in plans if not p.exact)
