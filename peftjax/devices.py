@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -157,6 +158,19 @@ def host_memory() -> int:
         except (OSError, ValueError):  # no control group, or one without a limit ("max")
             continue
     return min(found)
+
+
+# What a machine with an accelerator has in its file system: NVIDIA's, one within WSL, AMD's, and TPUs'.
+_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+
+
+def keep_to_cpu() -> None:
+    """Has JAX start on the CPU where there is nothing else, before it computes anything.
+
+    It would end up there anyway, but with the wheels of `plan` or `tpu` only after their plugins have failed aloud.
+    """
+    if sys.platform == "linux" and not jax.config.jax_platforms and not any(map(os.path.exists, _FILES)):
+        jax.config.update("jax_platforms", "cpu")
 
 
 class Target(NamedTuple):

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich import box
 from rich.table import Table
 
 from .counting import bound, flops, traffic
@@ -286,6 +285,22 @@ def _crossing(plans: dict[int, Plan]) -> int:
     return a + int((room - plans[a].peak) // slope) if slope > 0 else 2 * max(plans)
 
 
+def measure(case: Case) -> int:
+    """The peak of the allocator, in bytes, over one step on zeros on the GPU or TPU that is here.
+
+    The peak is the process's: measure each case in a process of its own.
+
+    Raises:
+      ValueError: this machine's device does not count what it allocates (a CPU).
+    """
+    if jax.local_devices()[0].memory_stats() is None:
+        raise ValueError("the peak is measured on a GPU or a TPU, and this machine computes on a CPU; plan it instead")
+    step = lay_out(case)
+    state, frozen, batch, _ = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (*step.arguments[:3], None))
+    jax.block_until_ready(step.call(state, frozen, batch, jax.random.key(0)))
+    return int((jax.local_devices()[0].memory_stats() or {})["peak_bytes_in_use"])
+
+
 class DoesNotFit(ValueError):
     """A training step needs more memory than the device has; the message says what would make it fit."""
 
@@ -474,51 +489,53 @@ COLUMNS = ("frozen", "trainable", "gradients", "optimizer", "activations", "peak
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """The plans by part, in GB (1e9 bytes)."""
-    out = Table(box=box.SIMPLE_HEAD)
-    for title in ("device", "method", "batch"):
-        out.add_column(title, no_wrap=True)
+    """The plans by part, in GB (1e9 bytes), or in MB where every peak is below 1 GB."""
+    unit, scale = _unit(rows)
     several = len({row.layout for row in rows}) > 1
-    for title in (*(("layout",) if several else ()), *COLUMNS, "of", "", "TFLOP", "moved", "ms, at best"):
+    out = Table(box=None, padding=(0, 1, 0, 0), title=unit)
+    for title in ("device", "method", "batch"):
+        out.add_column(title, no_wrap=True, justify="right" if title == "batch" else "left")
+    for title in (*COLUMNS, "fits", "TFLOP", "moved", "ms", *(("layout", "compile s") if several else ())):
         out.add_column(title, justify="right")
-    if several:
-        out.add_column("compiled in", justify="right")
     for row in rows:
-        out.add_row(*cells(row, several))
+        out.add_row(row.device, row.method, str(row.rows), *_cells(row.plan, scale), *_layout(row, several))
     return out
 
 
-def cells(row: Row, several: bool = False) -> list[str]:
-    """A line of the table as texts."""
-    p, named_ = row.plan, [row.device, row.method, str(row.rows), *([row.layout] if several else [])]
+def _unit(rows: Sequence[Row]) -> tuple[str, float]:
+    most = max((row.plan.peak for row in rows if row.plan is not None), default=GB)
+    return ("GB", GB) if most >= GB else ("MB", GB / 1000)
+
+
+def _cells(p: Plan | None, scale: float) -> list[str]:
     if p is None:
-        return [*named_, *["-"] * len(COLUMNS), "-", "does not fit", "-", "-", "-", *(["-"] if several else [])]
-    sizes = [f"{getattr(p, c) / GB:.2f}" for c in COLUMNS]
-    verdict = "fits" if p.fits else "does not fit"
+        return [*["-"] * len(COLUMNS), "no", *["-"] * 3]
+    verdict = "yes" if p.fits else "no"
     return [
-        *named_,
-        *sizes,
-        f"{p.device.room / GB:.1f}",
-        verdict if p.exact else f"{verdict} (estimate)",
+        *(f"{getattr(p, part) / scale:.2f}" for part in COLUMNS),
+        verdict if p.exact else f"{verdict} (est.)",
         f"{p.flops / 1e12:.3g}",
-        "-" if p.traffic is None else f"{p.traffic / GB:.3g}",
+        "-" if p.traffic is None else f"{p.traffic / scale:.3g}",
         "-" if p.seconds is None else f"{1000 * p.seconds:.3g}",
-        *([f"{p.compile_seconds:.1f} s"] if several else []),
     ]
+
+
+def _layout(row: Row, several: bool) -> list[str]:
+    return [row.layout, "-" if row.plan is None else f"{row.plan.compile_seconds:.1f}"] if several else []
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
     """What a reader of the table should know."""
     plans = [row.plan for row in rows if row.plan is not None]
+    unit, _ = _unit(rows)
     found = [
-        "GB are 1e9 bytes; activations: with temporaries and the batch; ms: by FLOPs at the data sheet's rate, or by "
-        "bytes at its bandwidth, whichever takes longer."
+        f"One training step in {unit} (1e{9 if unit == 'GB' else 6} bytes). Activations: with temporaries and the batch. "
+        "ms: the least that its FLOPs take at the data sheet's rate, or its bytes at the bandwidth."
     ]
-    for by in dict.fromkeys(p.by for p in plans):
-        found.append(f"Planned by {by}, jax {jax.__version__}.")
-    for d in dict.fromkeys(p.device for p in plans if p.device.reserved):
+    for p in {p.device.title: p for p in plans}.values():
+        kept = f", {p.device.reserved / GB:.2g} of them kept for context and workspaces" if p.device.reserved else ""
         found.append(
-            f"{d.title}: {d.memory / GB:.2f} GB, {d.reserved / GB:.2f} of them kept for context and workspaces."
+            f"{p.device.title}: {p.device.memory / GB:.4g} GB{kept}; planned by {p.by}, jax {jax.__version__}."
         )
     if any(not p.exact for p in plans):
         extras = {"cuda": "plan", "tpu": "tpu"}

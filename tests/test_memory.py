@@ -244,7 +244,7 @@ def test_a_compiler_that_is_not_there(call, monkeypatch, name, extra):
     assert f"pip install 'peftjax[{extra}]'" in error
     status, out, _ = call("memory", *few)
     assert status == 0
-    assert "fits (estimate)" in out
+    assert "yes (est.)" in out
     assert f"pip install 'peftjax[{extra}]'" in out
 
 
