@@ -39,7 +39,8 @@ class Base:
       param_dtype: of the base's parameters; what trains is float32.
       quantize: hold the linear weights of the base in 8 or 4 bits (lora over nf4 is QLoRA).
       fresh_head: draw a new task head even if the model has one.
-      remat: recompute the blocks' activations in the backward pass; less memory, more time.
+      remat: what is kept of a block's activations for the backward pass: all; its input (least memory, most time); or
+        its products with weights too.
       chat_template: of conversations (sft): alpaca, plain, or a file with a Jinja template; default: the tokenizer's.
     """
 
@@ -56,7 +57,7 @@ class Base:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "nf4", "nf4-double"] | None = None
     fresh_head: bool = False
-    remat: bool = False
+    remat: Literal["none", "block", "dots"] = "none"
     chat_template: str | None = None
 
 
@@ -186,7 +187,7 @@ class Sft:
     dtype: Literal["float32", "bfloat16"] = "float32"
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "nf4", "nf4-double"] | None = None
-    remat: bool = False
+    remat: Literal["none", "block", "dots"] = "none"
     seed: int = 0
     lr: float | None = None
     out: Path = Path("runs/sft")

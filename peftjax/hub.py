@@ -149,7 +149,7 @@ def load(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     quantize: str | None = None,
-    remat: bool = False,
+    remat: str = "none",
     seed: int = 0,
     revision: str | None = None,
 ) -> Model:
@@ -231,7 +231,7 @@ def from_config(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     quantize: str | None = None,
-    remat: bool = False,
+    remat: str = "none",
     seed: int | None = 0,
 ) -> Model:
     """A model with random parameters from a transformers config; with seed None only abstract shapes.
@@ -519,7 +519,7 @@ def _set_labels(config: Any, labels: int | list[str]) -> None:
     config.label2id = {name: i for i, name in enumerate(names)}
 
 
-def _describe(hf_config: Any, task: str | None, dtype: Any, remat: bool, where: Any) -> Model:
+def _describe(hf_config: Any, task: str | None, dtype: Any, remat: str, where: Any) -> Model:
     family = FAMILIES.get(hf_config.model_type)
     if family is None:
         raise ValueError(_no_family(where, hf_config.model_type))

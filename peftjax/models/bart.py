@@ -110,7 +110,7 @@ class Stack(nn.Module):
     config: Config
     decodes: bool
     dtype: Any
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, x, cache, context: Context, *args):

@@ -115,7 +115,7 @@ class Layer(nn.Module):
 
 class Encoder(nn.Module):
     config: Any
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, x, context):
@@ -142,7 +142,7 @@ class Base(nn.Module):
 
     config: Any
     dtype: Any
-    remat: bool
+    remat: str
     pools: bool
     padding: int | None
     width: int
@@ -208,7 +208,7 @@ class Bert(nn.Module):
       config: sizes and rates.
       head: 'none' or 'classification' (with one label: regression).
       dtype: of the activations.
-      remat: recompute each block's activations in the backward pass.
+      remat: which activations of a block are kept for the backward pass, see `layers.REMAT`.
       at: the name of the base in the tree.
       pools: whether the base has a pooler; without a head it does without one that the tree has not.
       act: of a classifier with a dense layer of its own; None: the classifier reads the pooler.
@@ -220,7 +220,7 @@ class Bert(nn.Module):
     config: Any
     head: str = "none"
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     at: str = "bert"
     pools: bool = True
     act: str | None = None

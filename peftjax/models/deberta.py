@@ -253,7 +253,7 @@ class Conv(nn.Module):
 class Encoder(nn.Module):
     config: Config
     dtype: Any
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, x, mask, positions, deterministic):
@@ -292,7 +292,7 @@ class Base(nn.Module):
 
     config: Config
     dtype: Any
-    remat: bool
+    remat: str
 
     @nn.compact
     def __call__(self, input_ids, attention_mask, type_ids, positions, deterministic):
@@ -322,13 +322,13 @@ class Deberta(nn.Module):
       config: sizes and rates.
       head: 'none' or 'classification' (with one label: regression), which has the pooler.
       dtype: of the activations.
-      remat: recompute each block's activations in the backward pass.
+      remat: which activations of a block are kept for the backward pass, see `layers.REMAT`.
     """
 
     config: Config
     head: str = "none"
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
 
     @nn.compact
     def __call__(self, input_ids, attention_mask=None, type_ids=None, positions=None, cache=None, deterministic=True):

@@ -18,7 +18,7 @@ class Decoder(nn.Module):
       config: sizes and rates; it has `vocab_size`, `initializer_range`, `tie_word_embeddings` and `num_labels`.
       head: 'none', 'causal-lm' or 'classification' (reads the last token that is not padding).
       dtype: of the activations.
-      remat: recompute each block's activations in the backward pass.
+      remat: which activations of a block are kept for the backward pass, see `layers.REMAT`.
       body: (config, dtype, remat) -> module of embedding, blocks and last norm, called with (ids, mask, positions,
         cache, deterministic, continued, segment ids) for the hidden states and the cache; its `attend` is the tied
         head.
@@ -30,7 +30,7 @@ class Decoder(nn.Module):
     config: Any
     head: str = "causal-lm"
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     body: Callable = nn.Module
     at: str = "model"
     unembed: str = "lm_head"

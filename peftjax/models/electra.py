@@ -29,7 +29,7 @@ class Config(NamedTuple):
     num_labels: int
 
 
-def module(config: Config, head: str = "none", dtype: Any = jnp.float32, remat: bool = False) -> bert.Bert:
+def module(config: Config, head: str = "none", dtype: Any = jnp.float32, remat: str = "none") -> bert.Bert:
     """ELECTRA with or without a classification head; see `Bert`."""
     width = config.embedding_size
     return bert.Bert(config, head, dtype, remat, at="electra", pools=False, act="gelu", width=width)

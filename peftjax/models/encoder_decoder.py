@@ -53,7 +53,7 @@ class Base(nn.Module):
 
     config: Any
     dtype: Any
-    remat: bool
+    remat: str
     stack: Callable
     std: float
     scale: float = 1.0
@@ -105,7 +105,7 @@ class EncoderDecoder(nn.Module):
       head: 'none', 'seq2seq-lm' or 'classification' (reads the decoder at the last end-of-text token of the input,
         which the decoder is given too, shifted right; without such a token, at the last that is not padding).
       dtype: of the activations.
-      remat: recompute each block's activations in the backward pass.
+      remat: which activations of a block are kept for the backward pass, see `layers.REMAT`.
       at: the name of the base in the tree.
       stack: as for `Base`.
       start: config -> the token that a decoder's text begins with.
@@ -117,7 +117,7 @@ class EncoderDecoder(nn.Module):
     config: Any
     head: str = "seq2seq-lm"
     dtype: Any = jnp.float32
-    remat: bool = False
+    remat: str = "none"
     at: str = "model"
     stack: Callable = nn.Module
     start: Callable = lambda c: c.decoder_start_token_id

@@ -379,6 +379,35 @@ def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> t
     )
 
 
+def _products(prim: Any, *args: Any, **params: Any) -> bool:
+    """A policy of `jax.checkpoint`: what `x @ W` gives is kept for x of three axes or more.
+
+    A policy reaches into the checkpoints of nodes too (`weights.Weight.dot`). There, a product of two matrices makes a
+    dense array as large as a weight, which is what those checkpoints are to keep out of memory.
+    """
+    plain = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
+    return bool(plain) and max(x.ndim for x in args) > 2
+
+
+def _recompute(policy: Callable) -> Callable:
+    return lambda call, **how: nn.remat(call, policy=policy, **how)
+
+
+# What is kept of a block for the backward pass, which computes the rest again: name -> (call, prevent_cse) -> call.
+REMAT: dict[str, Callable] = {
+    "none": lambda call, **how: call,  # all activations are kept
+    "block": _recompute(jax.checkpoint_policies.nothing_saveable),  # its input
+    "dots": _recompute(_products),  # its input, and its products with weights
+}
+
+
+def rematerialise(call: Callable, name: str, **how: Any) -> Callable:
+    """The call, of a module and arrays, that keeps for the backward pass what `REMAT` says; an unknown name raises."""
+    if name not in REMAT:
+        raise ValueError(f"there is no rematerialisation {name!r}; write one of {', '.join(map(repr, REMAT))}")
+    return REMAT[name](call, **how)
+
+
 def run_blocks(
     parent: nn.Module,
     block: Callable,
@@ -389,7 +418,7 @@ def run_blocks(
     cache: Any,
     *args,
     each: tuple = (),
-    remat: bool,
+    remat: str,
 ) -> tuple[jax.Array, Any]:
     """Runs n blocks `name_0 ...` one after another, or scans over `name_*` if that is what the tree holds.
 
@@ -397,7 +426,10 @@ def run_blocks(
       block: name -> module whose call is `(x, layer cache or None, context, *own, *args) -> (x, layer cache)`.
       args: arrays that all blocks share, such as rotary angles.
       each: arrays of n rows, one for each block: its `own`.
-      remat: recompute a block's activations in the backward pass instead of keeping them.
+      remat: what the backward pass keeps of a block's activations, a name in `REMAT`.
+
+    Raises:
+      ValueError: an unknown name of that kind.
     """
     stacked = f"{name}_*"
     deterministic = context.deterministic
@@ -407,7 +439,7 @@ def run_blocks(
         return module(x, layer, arrays._replace(deterministic=deterministic), *own, *args)
 
     if parent.has_variable("params", stacked):
-        body = nn.remat(call, prevent_cse=False) if remat else call
+        body = rematerialise(call, remat, prevent_cse=False)  # two loops share nothing to eliminate
         scan = nn.scan(
             body,
             variable_axes={"params": 0},
@@ -417,7 +449,7 @@ def run_blocks(
         )
         return scan(block(stacked), x, cache, each, arrays, args)
     caches = []
-    body = nn.remat(call) if remat else call
+    body = rematerialise(call, remat, prevent_cse=True)
     for i in range(n):
         own = tuple(rows[i] for rows in each)
         x, layer = body(block(f"{name}_{i}"), x, None if cache is None else cache[i], own, arrays, args)

@@ -145,7 +145,7 @@ class Base(nn.Module):
 
     config: Any
     dtype: Any
-    remat: bool
+    remat: str
     design: Callable[[Any], Design]
 
     def setup(self):

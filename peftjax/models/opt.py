@@ -120,7 +120,7 @@ class Base(nn.Module):
 
     config: Config
     dtype: Any
-    remat: bool
+    remat: str
 
     def setup(self):
         c = self.config

@@ -34,7 +34,7 @@ class Config(NamedTuple):
     num_labels: int
 
 
-def module(config: Config, head: str = "none", dtype: Any = jnp.float32, remat: bool = False) -> bert.Bert:
+def module(config: Config, head: str = "none", dtype: Any = jnp.float32, remat: str = "none") -> bert.Bert:
     """RoBERTa with or without a classification head; see `Bert`."""
     pools, padding = head == "none", config.pad_token_id
     return bert.Bert(config, head, dtype, remat, at="roberta", pools=pools, act="tanh", padding=padding)
