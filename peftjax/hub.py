@@ -93,7 +93,8 @@ class Model(NamedTuple):
         """Runs the module on a batch of `input_ids`, `attention_mask`, `type_ids`; a key turns dropout on.
 
         A decoder beside an encoder takes `decoder_input_ids` and `decoder_attention_mask` too; one without an encoder
-        takes packed texts, `segment_ids` with `positions` (`peftjax.data.make_packed`).
+        takes packed texts, `segment_ids` with `positions` (`peftjax.data.make_packed`). With `hidden_only=True` a
+        decoder's head is left out; `logits` is that head.
 
         Raises:
           ValueError: packed texts for another kind of model, or without positions.
@@ -106,6 +107,24 @@ class Model(NamedTuple):
         inputs |= {k: batch[k] for k in ("decoder_input_ids", "decoder_attention_mask", "segment_ids") if k in batch}
         rngs = None if key is None else {"dropout": key}
         return self.module.apply({"params": params}, **inputs, **kwargs, deterministic=key is None, rngs=rngs)
+
+    def logits(self, params: Tree, hidden: jax.Array) -> jax.Array:
+        """The language model's head: last hidden states (batch, length, width) -> (batch, length, vocabulary), float32.
+
+        Of the parameters it reads those of the head alone.
+
+        Raises:
+          ValueError: the model is no language model.
+
+        >>> model = load("tiny-books")
+        >>> batch = {"input_ids": jnp.array([[5, 6, 7]])}
+        >>> hidden = model.forward(model.params, batch, hidden_only=True).hidden
+        >>> bool(jnp.allclose(model.logits(model.params, hidden), model.forward(model.params, batch).logits))
+        True
+        """
+        if self.module.head not in TASKS["generation"]:
+            raise ValueError(f"only a language model has logits of hidden states; this head is {self.module.head!r}")
+        return self.module.apply({"params": params}, hidden=hidden).logits
 
     def empty_cache(self, params: Tree, batch: int, length: int) -> Cache:
         """Buffers for `length` tokens of what decodes and, before its text, the virtual ones of a prompt.

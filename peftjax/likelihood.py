@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from . import data
 from .hub import TASKS, Model
+from .loss import log_likelihoods
 from .models.layers import shift_right
 from .tree import Tree
 
@@ -58,14 +58,13 @@ class Likelihood:
                 batch["target_ids"],
                 batch["loss_mask"],
             )
-            logits: Any = self.model.forward(params, batch | {"decoder_input_ids": shift_right(targets, start)}).logits
+            inputs = batch | {"decoder_input_ids": shift_right(targets, start)}
         else:
             targets, mask = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:]
             inputs = {k: batch[k][:, :-1] for k in ("input_ids", "attention_mask")}  # nothing follows the last token
-            logits = self.model.forward(params, inputs).logits
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], axis=-1)[..., 0]
-        greedy = (jnp.argmax(logits, axis=-1) == targets) | (mask == 0)
-        return (chosen * mask).sum(axis=1), greedy.all(axis=1)
+        hidden = self.model.forward(params, inputs, hidden_only=True).hidden
+        chosen, greedy = log_likelihoods(self.model.logits, params, hidden, targets)
+        return (chosen * mask).sum(axis=1), (greedy | (mask == 0)).all(axis=1)
 
     def __call__(self, params: Tree, pairs: Sequence[Pair]) -> list[Likely]:
         """The likelihood of each pair, in their order; methods must be resolved."""

@@ -112,6 +112,14 @@ class Mixed(NamedTuple):
         out, new = self._each_row(run, params, batch, key, cache, None if cache is None else Cache(*axes))
         return out._replace(cache=new)
 
+    def logits(self, params: Mixture, hidden: jax.Array) -> jax.Array:
+        """The base's head over hidden states (rows, length, width), each row with its own adapter."""
+
+        def run(params, batch, key, cache):
+            return self.model.logits(params, batch["hidden"])[0]
+
+        return self._each_row(run, params, {"hidden": hidden}, None, None, None)
+
     def empty_cache(self, params: Mixture, batch: int, length: int) -> Cache:
         """As the base's: rows on the same axes, one index for all."""
 

@@ -14,6 +14,7 @@ from . import data, hub, sft
 from .generate import Decoding, check, decoder, padding_side
 from .hub import Model
 from .likelihood import Likelihood
+from .loss import cross_entropy
 from .metrics import check_metrics, score
 from .models.layers import shift_right
 from .tasks import Task, get_task
@@ -307,16 +308,17 @@ def loss_of(model: Model, kind: str) -> Objective:
             seen = jnp.where(batch["weight"][:, None] > 0, batch["loss_mask"], 1)  # a filler row has to see something
             shifted = shift_right(batch["target_ids"], start)
             batch = batch | {"decoder_input_ids": shifted, "decoder_attention_mask": seen}
+        weight = batch["weight"]
+        if kind == "generation":
+            targets, mask = batch.get("target_ids"), batch["loss_mask"]
+            if targets is None:  # a text's own next token; of the last there is none
+                targets, mask = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (batch["input_ids"], mask))
+            weight = mask * weight[:, None]
+            hidden = model.forward(params, batch, key, hidden_only=True).hidden
+            return cross_entropy(model.logits, params, hidden, targets, weight), weight.sum()
         logits = model.forward(params, batch, key).logits
         assert logits is not None  # `prepare` loads a model with the task's head
-        weight = batch["weight"]
-        if kind == "generation" and "target_ids" in batch:
-            each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["target_ids"])
-            weight = batch["loss_mask"] * weight[:, None]
-        elif kind == "generation":
-            targets, weight = batch["input_ids"][:, 1:], batch["loss_mask"][:, 1:] * weight[:, None]
-            each = optax.softmax_cross_entropy_with_integer_labels(logits[:, :-1], targets)
-        elif kind == "classification":
+        if kind == "classification":
             each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["labels"])
         else:
             each = jnp.square(logits[:, 0] - batch["labels"])

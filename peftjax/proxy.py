@@ -17,7 +17,7 @@ from .tree import Tree
 class Proxy(NamedTuple):
     """Three language models over one vocabulary that answer as one; make it by `proxy`, use it as a `Model`.
 
-    Parameters are a tuple of three trees, of base, expert and anti-expert, and so are caches; `hidden` is the base's.
+    Parameters are a tuple of three trees, of base, expert and anti-expert, and so are caches and hidden states.
     """
 
     base: Model
@@ -32,12 +32,18 @@ class Proxy(NamedTuple):
         caches = (None,) * 3 if cache is None else cache
         models = self.base, self.expert, self.antiexpert
         outs = [m.forward(p, batch, key, cache=c, **kwargs) for m, p, c in zip(models, params, caches, strict=True)]
-        base, expert, antiexpert = (o.logits for o in outs)
-        assert base is not None  # `proxy` takes language models only
-        assert expert is not None
-        assert antiexpert is not None
         new = None if cache is None else tuple(o.cache for o in outs)
-        return Output(outs[0].hidden, None, base + self.alpha * (expert - antiexpert), new)  # pyright: ignore[reportArgumentType] - three caches
+        logits = None if outs[0].logits is None else self._follow([o.logits for o in outs])
+        return Output(tuple(o.hidden for o in outs), None, logits, new)  # pyright: ignore[reportArgumentType] - three of each
+
+    def logits(self, params: tuple[Tree, Tree, Tree], hidden: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        """The three heads over their hidden states, as one."""
+        models = self.base, self.expert, self.antiexpert
+        return self._follow([m.logits(p, h) for m, p, h in zip(models, params, hidden, strict=True)])
+
+    def _follow(self, logits: Any) -> jax.Array:
+        base, expert, antiexpert = logits
+        return base + self.alpha * (expert - antiexpert)
 
     def empty_cache(self, params: tuple[Tree, Tree, Tree], batch: int, length: int) -> Any:
         """A cache for each of the three."""

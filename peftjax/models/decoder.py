@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from .layers import Linear, Output, last_token
@@ -39,7 +40,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        input_ids,
+        input_ids: Any = None,
         attention_mask=None,
         type_ids=None,
         positions=None,
@@ -48,10 +49,13 @@ class Decoder(nn.Module):
         last_only=False,
         continued=False,
         segment_ids=None,
+        hidden=None,
+        hidden_only=False,
     ):
         """Token ids (batch, length) -> `Output`.
 
         Args:
+          input_ids: None with `hidden`.
           attention_mask: (batch, length), 1 at tokens and 0 at padding, on either side.
           type_ids: must be None; decoders have none.
           positions: (batch, length); default: counted from 0, or from the cache's end.
@@ -67,18 +71,27 @@ class Decoder(nn.Module):
         if type_ids is not None:
             raise ValueError("a decoder has no token types; leave type_ids out")
         c = self.config
-        mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         base = self.body(c, self.dtype, self.remat, name=self.at)
+        if hidden is not None:
+            return Output(hidden, logits=_logits(self, base, hidden))
+        mask = jnp.ones_like(input_ids) if attention_mask is None else attention_mask
         hidden, cache = base(input_ids, mask, positions, cache, deterministic, continued, segment_ids)
         logits = None
+        if hidden_only:
+            return Output(hidden, cache=cache)
         if self.head == "causal-lm":
             hidden = hidden[:, -1:] if last_only else hidden
-            if c.tie_word_embeddings:
-                logits = base.attend(hidden)
-            else:
-                logits = Linear(c.vocab_size, False, c.initializer_range, name=self.unembed)(hidden)
-            logits = self.cap(c, logits.astype(jnp.float32))
+            logits = _logits(self, base, hidden)
         elif self.head == "classification":
             logits = Linear(c.num_labels, False, c.initializer_range, name="score")(last_token(hidden, mask))
             logits = logits.astype(jnp.float32)
         return Output(hidden, None, logits, cache)
+
+
+def _logits(module: Decoder, base: Any, hidden: jax.Array) -> jax.Array:
+    c = module.config
+    if c.tie_word_embeddings:
+        logits = base.attend(hidden)
+    else:
+        logits = Linear(c.vocab_size, False, c.initializer_range, name=module.unembed)(hidden)
+    return module.cap(c, logits.astype(jnp.float32))

@@ -138,11 +138,13 @@ class EncoderDecoder(nn.Module):
         cache=None,
         deterministic=True,
         last_only=False,
+        hidden=None,
+        hidden_only=False,
     ):
         """Token ids of encoder (batch, source length) and decoder (batch, length) -> `Output` of the decoder.
 
         Args:
-          input_ids: None where the cache holds a text's keys and values already.
+          input_ids: None where the cache holds a text's keys and values already, and with `hidden`.
           attention_mask: of the encoder, 1 at tokens and 0 at padding, on either side.
           type_ids, positions: must be None; there are no types, and both stacks count their positions themselves.
           decoder_input_ids: default: with an empty cache the start token, without one (classification) the input
@@ -150,6 +152,9 @@ class EncoderDecoder(nn.Module):
           decoder_attention_mask: of the decoder; default: all ones, as padding on the right is never looked at.
           cache: keys and values of the decoder's tokens before these, and of the encoder's states.
           last_only: logits of the last position only, (batch, 1, vocabulary).
+          hidden: (batch, length, width), the decoder's last hidden states, instead of ids: a language model's head
+            runs alone.
+          hidden_only: leave the head out.
         """
         if type_ids is not None or positions is not None:
             raise ValueError(
@@ -158,6 +163,8 @@ class EncoderDecoder(nn.Module):
             )
         c = self.config
         base = Base(c, self.dtype, self.remat, self.stack, self.std(c), self.scale(c), name=self.at)
+        if hidden is not None:
+            return Output(hidden, logits=self.unembed(self, base, hidden).astype(jnp.float32))
         if input_ids is None:
             if cache is None or cache.source is None:
                 raise ValueError("the encoder needs input_ids, unless a cache holds what it gave")
@@ -177,6 +184,8 @@ class EncoderDecoder(nn.Module):
         seen = jnp.ones_like(ids) if decoder_attention_mask is None else decoder_attention_mask
         hidden, cache = base.decode(ids, seen, memory, source, cache, deterministic)
         logits = None
+        if hidden_only:
+            return Output(hidden, cache=cache)
         if self.head == "seq2seq-lm":
             hidden = hidden[:, -1:] if last_only else hidden
             logits = self.unembed(self, base, hidden)
