@@ -10,16 +10,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from .backward import by_group, groups, unite, update_in_backward
 from .checkpoint import StateFolder, write_atomically
 from .layout import stack_layers
 from .methods import Method, chain
+from .rounding import apply_updates
 from .tree import Tree, cast, combine, count, distinct, map_with_path, partition
 from .weights import map_nodes
 
@@ -43,6 +45,8 @@ class Settings:
     eval_every: int | None = None  # steps; None: at the end of each epoch
     save_every: int = 200  # steps between training states
     layout: Literal["loop", "scan"] = "loop"
+    update: Literal["whole", "backward"] = "whole"  # of all at the end, or of each layer inside the backward pass
+    trainable_dtype: Literal["float32", "bfloat16"] = "float32"  # the optimizer's moments are float32 in any case
 
     def __post_init__(self):
         for name in ("epochs", "batch_size", "accumulate", "save_every", "steps", "eval_every"):
@@ -61,9 +65,20 @@ class Settings:
             raise ValueError(f"seed must be at least 0; got {self.seed}")
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} does not divide into accumulate={self.accumulate} parts")
-        for name, known in (("schedule", ("linear", "cosine", "constant")), ("layout", ("loop", "scan"))):
+        for name in ("schedule", "layout", "update", "trainable_dtype"):
+            known = get_args(get_type_hints(Settings)[name])
             if getattr(self, name) not in known:
                 raise ValueError(f"there is no {name} {getattr(self, name)!r}; there are {known}")
+        if self.update == "backward" and self.clip is not None:
+            raise ValueError(
+                f"clip={self.clip} needs the norm of the whole gradient, and update='backward' never has it at once; "
+                "write clip=None (--clip 0)"
+            )
+        if self.update == "backward" and self.accumulate > 1:
+            raise ValueError(
+                f"accumulate={self.accumulate} keeps a sum of the whole gradient, and update='backward' is there to have "
+                "none; write accumulate=1, with a smaller batch_size if memory is short"
+            )
 
 
 class TrainState(NamedTuple):
@@ -120,18 +135,31 @@ def decays(trainable: Tree) -> Tree:
 
 
 def make_optimizer(settings: Settings, total: int, method: Method) -> optax.GradientTransformationExtraArgs:
-    """AdamW with clipping and the schedule, wrapped by the method."""
+    """AdamW with clipping and the schedule, wrapped by the method; for an update in the backward pass, by group."""
     adamw = optax.adamw(schedule(settings, total), weight_decay=settings.weight_decay, mask=decays)
     clip = optax.identity() if settings.clip is None else optax.clip_by_global_norm(settings.clip)
     inner = optax.with_extra_args_support(optax.chain(clip, adamw))  # so that a wrapper can hand on all it gets
-    return optax.with_extra_args_support(method.planned(total).optimizer(inner))
+    tx = optax.with_extra_args_support(method.planned(total).optimizer(inner))
+    return by_group(tx) if settings.update == "backward" else tx
 
 
-def make_step(objective: Objective, method: Method, tx: optax.GradientTransformationExtraArgs, accumulate: int = 1):
+def make_step(
+    objective: Objective,
+    method: Method,
+    tx: optax.GradientTransformationExtraArgs,
+    accumulate: int = 1,
+    update: str = "whole",
+):
     """The training step `(state, frozen, batch, key) -> (state, {'loss', 'grad_norm'})`, to be jitted.
 
     The loss is the objective's sum over its weight, over the whole batch, plus the method's penalty; split
     into `accumulate` parts it is the same number.
+
+    Args:
+      tx: the optimizer; for `update='backward'` one with states by group (`backward.by_group`).
+      update: 'whole', or 'backward' for an update of each group as soon as its gradient is there: the same numbers,
+        and only about one layer's gradient in memory. It differs where a gradient is not finite: what the backward pass
+        updated before it met that gradient stays updated. A loss that is not finite leaves everything as it was.
     """
 
     def part(trainable, frozen, batch, key):
@@ -142,7 +170,16 @@ def make_step(objective: Objective, method: Method, tx: optax.GradientTransforma
     gradient = jax.value_and_grad(part, has_aux=True)
     penalty = jax.value_and_grad(lambda t, f: jnp.asarray(method.penalty(combine(t, f)), jnp.float32))
 
-    def step(state: TrainState, frozen: Tree, batch: dict, key: jax.Array):
+    def mean(grads, weight, extra):
+        return jax.tree.map(lambda g, e: g.astype(jnp.float32) / weight + e, grads, extra)
+
+    def updated(grads, opt_state, trainable, key, step):
+        tx_key = jax.random.fold_in(key, 2**32 - 1)  # no number that `split` counts to
+        updates, opt_state = tx.update(grads, opt_state, cast(trainable, jnp.float32), key=tx_key, step=step)
+        rounding_key = jax.random.fold_in(key, 2**32 - 2)
+        return apply_updates(rounding_key, trainable, updates), opt_state
+
+    def whole(state: TrainState, frozen: Tree, batch: dict, key: jax.Array):
         key = jax.random.fold_in(key, state.step)
         if accumulate == 1:
             (total, weight), grads = gradient(state.trainable, frozen, batch, key)
@@ -151,24 +188,52 @@ def make_step(objective: Objective, method: Method, tx: optax.GradientTransforma
 
             def add(carry, xs):
                 (total, weight), grads = gradient(state.trainable, frozen, xs[0], xs[1])
-                return jax.tree.map(jnp.add, carry, (total, weight, grads)), None
+                return jax.tree.map(jnp.add, carry, (total, weight, cast(grads, jnp.float32))), None
 
-            zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trainable))
+            zero = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, cast(state.trainable, jnp.float32)))
             (total, weight, grads), _ = jax.lax.scan(add, zero, (parts, jax.random.split(key, accumulate)))
         weight = jnp.maximum(weight, 1e-6)
         extra, extra_grads = penalty(state.trainable, frozen)
         loss = total / weight + extra
-        grads = jax.tree.map(lambda g, e: g / weight + e, grads, extra_grads)
+        grads = mean(grads, weight, extra_grads)
         norm = optax.tree.norm(grads)
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(norm)
-        tx_key = jax.random.fold_in(key, 2**32 - 1)  # no number that `split` counts to
-        updates, opt_state = tx.update(grads, state.opt_state, state.trainable, key=tx_key, step=state.step)
-        trainable = optax.apply_updates(state.trainable, updates)
+        trainable, opt_state = updated(grads, state.opt_state, state.trainable, key, state.step)
         new = TrainState(state.step + 1, trainable, opt_state, finite)
-        kept = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state._replace(finite=finite))
-        return kept, {"loss": loss, "grad_norm": norm}
+        return _kept(finite, new, state._replace(finite=finite)), {"loss": loss, "grad_norm": norm}
 
-    return step
+    def backward(state: TrainState, frozen: Tree, batch: dict, key: jax.Array):
+        key = jax.random.fold_in(key, state.step)
+        extra, extra_grads = penalty(state.trainable, frozen)
+        old, extras = groups(state.trainable), groups(extra_grads)
+
+        def begin(value):
+            total, weight = value[0], jnp.maximum(value[1], 1e-6)
+            loss = total / weight + extra
+            return loss, weight, jnp.zeros(()), state.finite & jnp.isfinite(loss)
+
+        def update(name, grads, carry):
+            loss, weight, square, finite = carry
+            grads, before = mean(grads, weight, extras[name]), (old[name], {name: state.opt_state[name]})
+            square = square + optax.tree.norm(grads, squared=True)
+            finite = finite & jnp.isfinite(square)
+            new = updated(grads, before[1], before[0], key, state.step)
+            return _kept(finite, new, before), (loss, weight, square, finite)
+
+        arguments = (frozen, batch, key)
+        new, (loss, _, square, finite) = update_in_backward(gradient, state.trainable, arguments, begin, update)
+        trainable = unite(part for part, _ in new.values())
+        opt_state = {name: s for _, states in new.values() for name, s in states.items()}
+        step = jnp.where(finite, state.step + 1, state.step)
+        return TrainState(step, trainable, opt_state, finite), {"loss": loss, "grad_norm": jnp.sqrt(square)}
+
+    if update == "backward" and accumulate > 1:
+        raise ValueError(f"update='backward' takes the whole batch at once; got accumulate={accumulate}")
+    return backward if update == "backward" else whole
+
+
+def _kept(finite: jax.Array, new: Tree, old: Tree) -> Tree:
+    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
 class Fitted(NamedTuple):
@@ -197,16 +262,19 @@ class Fitted(NamedTuple):
     flops: float | None
 
 
-def start(method: Method, params: Tree, tx: Any, layout: str = "loop") -> tuple[TrainState, Tree]:
+def start(
+    method: Method, params: Tree, tx: Any, layout: str = "loop", dtype: Any = jnp.float32
+) -> tuple[TrainState, Tree]:
     """The first state and the frozen partition of adapted, per-layer parameters.
 
-    Trainables are copied to float32: they are donated to the step, and a selective method's trainables are
-    the base's own arrays.
+    Trainables are copied to the dtype: they are donated to the step, and a selective method's trainables are
+    the base's own arrays. The optimizer sees them in float32.
     """
     params = stack_layers(params) if layout == "scan" else params
     trainable, frozen = partition(params, chain(method).trainable(params))  # a chain refuses to train nothing
-    trainable = jax.tree.map(lambda x: jnp.array(x, copy=True), cast(trainable, jnp.float32))
-    state = TrainState(jnp.int32(0), trainable, tx.init(trainable), jnp.bool_(True))
+    trainable = jax.tree.map(lambda x: jnp.array(x, copy=True), cast(trainable, dtype))
+    opt_state = jax.jit(lambda t: tx.init(cast(t, jnp.float32)))(trainable)  # compiled: the cast itself is never made
+    state = TrainState(jnp.int32(0), trainable, opt_state, jnp.bool_(True))
     return state, frozen
 
 
@@ -243,12 +311,12 @@ def fit(
     began = time.perf_counter()
     total = settings.steps or settings.epochs * steps_per_epoch
     tx = make_optimizer(settings, total, method)
-    state, frozen = start(method, params, tx, settings.layout)
+    state, frozen = start(method, params, tx, settings.layout, settings.trainable_dtype)
     frozen, whole = distinct(frozen)
     trained = count(partition(params, method.trainable(params))[0])  # before stacking, which may pad
     best_trainable, best = jax.tree.map(jnp.copy, state.trainable), None
     log = _Log(folder)
-    inner = make_step(objective, method, tx, settings.accumulate)
+    inner = make_step(objective, method, tx, settings.accumulate, settings.update)
 
     def step(state, frozen, batch, key):
         return inner(state, whole(frozen), batch, key)

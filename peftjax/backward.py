@@ -1,0 +1,216 @@
+"""Training whose update runs inside the backward pass, so that the gradients of all layers never exist at once.
+
+The program of the gradient is traced once and run in segments: where the gradient of one group of parameters is
+complete, the group is updated, and barriers keep the next segment from starting before. The backward pass goes from the
+last layer to the first, so about one layer's gradient lives at a time (the fused update of Lv et al. 2023,
+arXiv:2306.09782, section 3.1, which has SGD; here any optimizer that treats each group alone).
+"""
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+
+from .tree import HOLE, Tree, flatten, map_with_path
+
+_LAYER = re.compile(r"(.*?_(?:\d+|\*))/.*")
+
+
+def group_of(path: str) -> str:
+    """The group of a leaf: its layer, or itself outside the layers. In the scanned layout a stack is one group.
+
+    >>> group_of("model/layers_3/mlp/up_proj/kernel"), group_of("model/norm/scale")
+    ('model/layers_3', 'model/norm/scale')
+    """
+    layer = _LAYER.fullmatch(path)
+    return path if layer is None else layer[1]
+
+
+def groups(tree: Tree) -> dict[str, Tree]:
+    """One tree for each group, in the structure of the whole with holes elsewhere, so that paths stay.
+
+    >>> groups({"h_0": {"w": 1}, "h_1": {"w": 2}})
+    {'h_0': {'h_0': {'w': 1}, 'h_1': {'w': None}}, 'h_1': {'h_0': {'w': None}, 'h_1': {'w': 2}}}
+    """
+    names = dict.fromkeys(map(group_of, flatten(tree)))
+    return {name: map_with_path(lambda p, x, name=name: x if group_of(p) == name else HOLE, tree) for name in names}
+
+
+def unite(parts: Iterable[Tree]) -> Tree:
+    """The tree of which these are the groups."""
+
+    def hole(x):
+        return x is HOLE
+
+    return jax.tree.map(lambda *xs: next((x for x in xs if x is not HOLE), HOLE), *parts, is_leaf=hole)
+
+
+def by_group(tx: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimizer with a state of its own for each group, by its name; it updates those groups that it is given.
+
+    Raises:
+      ValueError: (from `init`) the update of one group depends on the gradient of another.
+
+    >>> params = {"h_0": {"w": jnp.ones(2)}, "norm": {"scale": jnp.ones(2)}}
+    >>> sorted(by_group(optax.adam(0.1)).init(params))
+    ['h_0', 'norm/scale']
+    """
+    tx = optax.with_extra_args_support(tx)
+
+    def init(params):
+        _check_alone(tx, params)
+        return {name: tx.init(part) for name, part in groups(params).items()}
+
+    def update(updates, state, params=None, **extra):
+        of = groups(updates if params is None else params)
+
+        def one(name, grads):
+            if "key" in extra:  # so that no two groups draw the same
+                extra["key"] = jax.random.fold_in(extra["key"], zlib.crc32(name.encode()))
+            return tx.update(grads, state[name], None if params is None else of[name], **extra)
+
+        new = {name: one(name, grads) for name, grads in groups(updates).items()}
+        return unite(u for u, _ in new.values()), {name: s for name, (_, s) in new.items()}
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _check_alone(tx: optax.GradientTransformationExtraArgs, params: Tree) -> None:
+    """Raises unless each group's update depends on the gradients of that group alone.
+
+    This is read off the optimizer's program, so clipping by the global norm shows as well as a ranking of all matrices.
+    """
+
+    def update(grads, state, params):
+        return tx.update(grads, state, params, key=jax.random.key(0), step=jnp.int32(0))
+
+    state = jax.eval_shape(tx.init, params)
+    jaxpr = jax.make_jaxpr(update)(params, state, params).jaxpr
+    own = [{group_of(path)} for path in flatten(params)]
+    before, in_state = None, [set() for _ in jax.tree.leaves(state)]
+    found: list[set[str]] = []
+    while in_state != before:  # what a step leaves in the state, the next one reads
+        found = _sources(jaxpr, [*own, *in_state, *own])
+        before, in_state = in_state, found[len(own) :]
+    mixed = [(name, other) for (name,), of in zip(own, found, strict=False) for other in sorted(of - {name})]
+    mixed += [tuple(sorted(of)[:2]) for of in in_state if len(of) > 1]
+    if mixed:
+        raise ValueError(
+            f"the optimizer needs the gradients of {mixed[0][0]} and of {mixed[0][1]} at once, as a clip by the global "
+            "norm or adalora does, and an update in the backward pass never has both; write update='whole' "
+            "(--update whole), or choose another method"
+        )
+
+
+def _sources(jaxpr: Jaxpr, inputs: Sequence[set[str]]) -> list[set[str]]:
+    """The labels of the inputs that each output may depend on; an inner program's outputs depend on all its inputs."""
+    labels = dict(zip(jaxpr.invars, inputs, strict=True))
+    for eqn in jaxpr.eqns:
+        found = set().union(*(labels.get(v, set()) for v in _variables(eqn.invars)))
+        labels.update(dict.fromkeys(eqn.outvars, found))
+    return [set() if isinstance(v, Literal) else labels.get(v, set()) for v in jaxpr.outvars]
+
+
+def update_in_backward(
+    gradient: Callable[..., tuple[Any, Tree]],
+    trainable: Tree,
+    arguments: tuple,
+    begin: Callable[[Any], Any],
+    update: Callable[[str, Tree, Any], tuple[Any, Any]],
+) -> tuple[dict[str, Any], Any]:
+    """Computes a gradient and updates each group of parameters as soon as its part is there.
+
+    Args:
+      gradient: (trainable, *arguments) -> (value, gradient), such as what `jax.value_and_grad` gives.
+      begin: value -> what is carried from update to update.
+      update: (name of a group, its gradients with holes elsewhere, carry) -> (the group's new values, carry).
+
+    Returns:
+      The new values by group, and the last carry.
+    """
+    closed, (value, grads) = jax.make_jaxpr(gradient, return_shape=True)(trainable, *arguments)
+    jaxpr, values = closed.jaxpr, {}
+    n = len(jax.tree.leaves(value))
+    values.update(zip(jaxpr.constvars, closed.consts, strict=True))
+    values.update(zip(jaxpr.invars, jax.tree.leaves((trainable, *arguments)), strict=True))
+    given = set(values)
+    names = [group_of(path) for path in flatten(trainable)]
+    plan = _plan(jaxpr, n, names)
+
+    def read(atoms):
+        return [v.val if isinstance(v, Literal) else values[v] for v in atoms]
+
+    new, carry, structure = {}, None, jax.tree.structure(grads)
+    for segment, stop, later in zip(plan.segments, plan.stops, plan.later, strict=True):
+        values |= _run(segment, values, later)
+        if carry is None:
+            carry = begin(jax.tree.unflatten(jax.tree.structure(value), read(jaxpr.outvars[:n])))
+        for name in stop:
+            own = [v for v, of in zip(jaxpr.outvars[n:], names, strict=True) if of == name]
+            rest = [v for v in values if v in later and v not in given and v not in own and _is_float(v)]
+            # what else was made so far comes before the update, so that this may overwrite the old values ...
+            found, moved = jax.lax.optimization_barrier((read(own), read(rest)))
+            found = iter(found)
+            whole = jax.tree.unflatten(structure, [next(found) if of == name else HOLE for of in names])
+            new[name], carry = update(name, whole, carry)
+            # ... and what comes after starts from there, so that this gradient is gone by then
+            moved, new[name], carry = jax.lax.optimization_barrier((moved, new[name], carry))
+            values |= dict(zip(rest, moved, strict=True))
+    return new, carry
+
+
+class _Plan(NamedTuple):
+    """How a gradient's program is cut: for each segment its equations, the groups complete after it, what is left."""
+
+    segments: list[list[JaxprEqn]]
+    stops: list[list[str]]
+    later: list[set[Var]]
+
+
+def _plan(jaxpr: Jaxpr, n: int, names: Sequence[str]) -> _Plan:
+    """A stop as soon as the value and a group's gradients are there and nothing reads its old parameters any more.
+
+    Args:
+      n: leaves of the value, the first outputs; the others are gradients.
+      names: the group of each leaf that is differentiated, the first inputs.
+    """
+    needed, eqns = _variables(jaxpr.outvars), []
+    for eqn in reversed(jaxpr.eqns):  # the barriers would keep alive what nothing needs
+        if eqn.effects or needed & set(eqn.outvars):
+            needed |= _variables(eqn.invars)
+            eqns.insert(0, eqn)
+    made = {v: i for i, eqn in enumerate(eqns, 1) for v in eqn.outvars}
+    read = {v: i for i, eqn in enumerate(eqns, 1) for v in _variables(eqn.invars)}
+    ready = dict.fromkeys(names, max((made.get(v, 0) for v in _variables(jaxpr.outvars[:n])), default=0))
+    for name, old, gradient in zip(names, jaxpr.invars, jaxpr.outvars[n:], strict=False):
+        made_at = 0 if isinstance(gradient, Literal) else made.get(gradient, 0)
+        ready[name] = max(ready[name], made_at, read.get(old, 0))
+    ends = sorted(set(ready.values()))
+    segments = [eqns[a:b] for a, b in zip([0, *ends], [*ends], strict=False)]
+    later = [_variables(jaxpr.outvars)]
+    for segment in reversed(segments[1:]):
+        later.insert(0, later[0].union(*(_variables(e.invars) for e in segment)))
+    return _Plan(segments, [[name for name, at in ready.items() if at == end] for end in ends], later)
+
+
+def _run(segment: Sequence[JaxprEqn], values: dict[Var, Any], later: set[Var]) -> dict[Var, Any]:
+    """What the equations make that is needed later."""
+    made = {v for eqn in segment for v in eqn.outvars}
+    inputs = list({v: None for eqn in segment for v in eqn.invars if not isinstance(v, Literal) and v not in made})
+    outputs = [v for eqn in segment for v in eqn.outvars if v in later]
+    effects = frozenset().union(*(eqn.effects for eqn in segment))
+    run = jaxpr_as_fun(ClosedJaxpr(Jaxpr((), inputs, outputs, segment, effects), ()))
+    return dict(zip(outputs, run(*(values[v] for v in inputs)), strict=True))
+
+
+def _variables(atoms: Iterable[Any]) -> set[Var]:
+    return {v for v in atoms if not isinstance(v, Literal)}
+
+
+def _is_float(v: Any) -> bool:
+    return jnp.issubdtype(v.aval.dtype, jnp.floating)
