@@ -902,6 +902,9 @@ def memory(args: Memory) -> None:
     settings = Settings(
         batch_size=args.batch,
         accumulate=args.accumulate,
+        update=args.update,
+        trainable_dtype=args.trainable_dtype,
+        clip=1.0 if args.update == "whole" else None,
     )
     found = []
     for row in plans.survey(
@@ -918,7 +921,7 @@ def memory(args: Memory) -> None:
         compiler=args.compiler,
         say=lambda text: _say(text, Console(stderr=True)),
         quantize=args.quantize,
-        remat=args.remat != "none",
+        remat=args.remat,
         **dtypes,
     ):
         found.append(row)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
+from .backward import groups
 from .counting import bound, flops, traffic
 from .devices import GB, Device, Target, compiler_of, find, target
 from .hub import TASKS, Model, describe
@@ -175,13 +176,13 @@ def lay_out(case: Case) -> Step:
 
     def begin(params: Tree) -> tuple:
         adapted = method.init(jax.random.key(0), params, model.sites)
-        state, frozen = start(method, adapted, tx, s.layout)
+        state, frozen = start(method, adapted, tx, s.layout, s.trainable_dtype)
         arrays, again = distinct(frozen)
         whole.append(again)
         return state, arrays
 
     state, frozen = jax.eval_shape(begin, model.params)
-    inner = make_step(loss_of(model, case.kind), method, tx, s.accumulate)
+    inner = make_step(loss_of(model, case.kind), method, tx, s.accumulate, s.update)
     call = jax.jit(lambda state, frozen, batch, key: inner(state, whole[0](frozen), batch, key), donate_argnums=0)
     return Step(
         call,
@@ -201,7 +202,9 @@ def _shapes(batch: dict) -> dict:
 def _gradients(step: Step, settings: Settings) -> int:
     """Bytes of the gradients that exist at once."""
     trainable = step.arguments[0].trainable
-    return nbytes(trainable)
+    if settings.update == "whole":
+        return nbytes(trainable)
+    return max((nbytes(group) for group in groups(trainable).values()), default=0)
 
 
 def plan(case: Case, device: Device, *, estimate: bool = False) -> Plan:
@@ -529,8 +532,8 @@ def notes(rows: Sequence[Row]) -> list[str]:
     plans = [row.plan for row in rows if row.plan is not None]
     unit, _ = _unit(rows)
     found = [
-        f"One training step in {unit} (1e{9 if unit == 'GB' else 6} bytes). Activations: with temporaries and the batch. "
-        "ms: the least that its FLOPs take at the data sheet's rate, or its bytes at the bandwidth."
+        f"One training step in {unit} (1e{9 if unit == 'GB' else 6} bytes). Activations: with temporaries and the "
+        "batch. ms: the least that its FLOPs take at the data sheet's rate, or its bytes at the bandwidth."
     ]
     for p in {p.device.title: p for p in plans}.values():
         kept = f", {p.device.reserved / GB:.2g} of them kept for context and workspaces" if p.device.reserved else ""
