@@ -105,6 +105,9 @@ DEVICES: dict[str, Device] = {
 }
 
 
+_EXTRA = {"cuda": "plan", "tpu": "tpu"}  # which has a platform's compiler
+
+
 def find(name: str) -> Device:
     """The device of that name; 'cpu' is this machine's, and 'here' what JAX computes on.
 
@@ -114,6 +117,7 @@ def find(name: str) -> Device:
     >>> find("a100-80g").title
     'NVIDIA A100 SXM 80 GB'
     """
+    keep_to_cpu()
     if name == "cpu":
         return Device("CPU of this machine", "cpu", host_memory(), here=jax.local_devices(backend="cpu")[0])
     if name == "here":
@@ -167,7 +171,8 @@ _FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel0", "/dev/vfio/0"
 def keep_to_cpu() -> None:
     """Has JAX start on the CPU where there is nothing else, before it computes anything.
 
-    It would end up there anyway, but with the wheels of `plan` or `tpu` only after their plugins have failed aloud.
+    It would end up there anyway, but with the wheels of `plan` or `tpu` only after their plugins have failed, aloud,
+    and then they cannot plan any more.
     """
     if sys.platform == "linux" and not jax.config.jax_platforms and not any(map(os.path.exists, _FILES)):
         jax.config.update("jax_platforms", "cpu")
@@ -254,8 +259,9 @@ def _topology(device: Device, platform: str, **description: str) -> Any:
     except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as e:
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
         raise ValueError(
-            f"the compiler for {device.title} does not start ({e}); its wheels must fit {versions}: reinstall "
-            f"'peftjax[{'plan' if platform == 'cuda' else 'tpu'}]', or ask for an estimate"
+            f"the compiler for {device.title} does not start ({e}): set JAX_PLATFORMS=cpu where that device is not, "
+            f"and see that its wheels fit {versions} (pip install 'peftjax[{_EXTRA[platform]}]'); or ask for an "
+            "estimate"
         ) from e
 
 
