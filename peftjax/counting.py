@@ -89,8 +89,8 @@ def _called(eqn: JaxprEqn) -> Jaxpr | None:
 def _scan_carries(eqn: JaxprEqn) -> tuple[int, int]:
     """How many constants and how many carries the body of a scan takes; the rest are slices, of one axis less."""
     body: Jaxpr = eqn.params["jaxpr"].jaxpr
-    whole = sum(v.aval.ndim == b.aval.ndim for v, b in zip(eqn.invars, body.invars, strict=True))
-    carries = sum(v.aval.ndim == b.aval.ndim for v, b in zip(eqn.outvars, body.outvars, strict=True))
+    whole = sum(len(_shape(v)) == len(_shape(b)) for v, b in zip(eqn.invars, body.invars, strict=True))
+    carries = sum(len(_shape(v)) == len(_shape(b)) for v, b in zip(eqn.outvars, body.outvars, strict=True))
     return whole - carries, carries
 
 
@@ -202,7 +202,7 @@ def _simple(name: str, eqn: JaxprEqn) -> int:
 
 def _product(name: str, eqn: JaxprEqn) -> int | None:
     """FLOPs of a matrix product, a convolution or cuDNN's attention; None: it is none of them."""
-    shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
+    shapes = [_shape(v) for v in eqn.invars]
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * _size(eqn.outvars[0]) * math.prod(shapes[0][i] for i in contracted)
@@ -216,8 +216,8 @@ def _product(name: str, eqn: JaxprEqn) -> int | None:
 
 def _convolution(eqn: JaxprEqn) -> int:
     """2 multiply-adds for every pair of a kernel's and an input's element that meet; padding meets nothing."""
-    p, (x, kernel) = eqn.params, (v.aval.shape for v in eqn.invars)
-    numbers, out = p["dimension_numbers"], eqn.outvars[0].aval.shape
+    p, x, kernel, out = eqn.params, *map(_shape, (*eqn.invars, *eqn.outvars))
+    numbers = p["dimension_numbers"]
     fma = x[numbers.lhs_spec[0]] // p["batch_group_count"] * math.prod(kernel[i] for i in numbers.rhs_spec[:2])
     for axis, (i, k, o) in enumerate(
         zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
@@ -229,8 +229,12 @@ def _convolution(eqn: JaxprEqn) -> int:
     return 2 * fma
 
 
+def _shape(v: Any) -> tuple[int, ...]:
+    return getattr(v.aval, "shape", ())  # a token has none
+
+
 def _size(v: Any) -> int:
-    return math.prod(getattr(v.aval, "shape", ()))
+    return math.prod(_shape(v))
 
 
 # A bound of the temporaries
