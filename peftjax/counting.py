@@ -178,7 +178,9 @@ def _equation_flops(e: _Equation) -> Flops:
     if name == "scan":
         return Flops(*(params["length"] * n for n in inner[0]))
     if name == "shard_map":
-        return Flops(*(params["mesh"].size * n for n in inner[0]))
+        axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # its name has changed
+        devices = math.prod(params["mesh"].shape[axis] for axis in axes)
+        return Flops(*(devices * n for n in inner[0]))
     if inner:
         return _sum(inner)
     if (product := _product(name, e.eqn)) is not None:
@@ -248,7 +250,8 @@ def bound(jaxpr: ClosedJaxpr) -> int:
     do not count. Of a scan: its carries, its stacked results, a pass's slices, and the body's own peak.
 
     A compiler plans less, unless it changes the order for the worse, hoists something out of a loop, or converts:
-    the CPU's makes float32 copies of bfloat16 weights, which are not in here; nor is the workspace of a kernel.
+    the CPU's drops the barriers of `jax.checkpoint` outside a scan and may recompute early, and makes float32 copies
+    of bfloat16 weights, none of which is in here; nor is the workspace of a kernel.
 
     >>> import jax, jax.numpy as jnp
     >>> bound(jax.make_jaxpr(lambda x: (x + 1).sum())(jax.ShapeDtypeStruct((256,), jnp.float32)))
@@ -335,8 +338,8 @@ def traffic(hlo: str) -> float | None:
     read counts; of a dynamic-update-slice or a scatter, the update. Workspaces of custom calls do not count, and
     nothing is known of caches. None: the text is not such HLO.
 
-    XLA's `bytes accessed` differs where it takes loops once, and where it counts the inside of a fusion's operand by
-    the share of it that is used.
+    XLA's `bytes accessed` of a program without loops is the same but for a percent or two; of loops it counts the body
+    once, and of some platforms there is none.
 
     >>> text = '''HloModule m
     ...

@@ -143,8 +143,9 @@ def test_what_runs_inside_counts_as_often_as_it_runs():
     assert products(lambda x: jax.lax.cond(x.sum() > 0, lambda x: x @ x @ x, lambda x: x @ x, x)) == 2 * square
     assert products(jax.vmap(lambda row: x @ row)) == square
     assert products(jax.grad(lambda x: jax.checkpoint(lambda x: jnp.sin(x @ x))(x).sum())) == 4 * square - square
-    mesh = jax.sharding.AbstractMesh((2,), ("data",))
-    shared = jax.shard_map(lambda x: x @ x.T, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    mesh = jax.sharding.AbstractMesh((2, 3), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    spec = {"in_specs": P("data"), "out_specs": P("data")}
+    shared = jax.shard_map(lambda x: x @ x.T, mesh=mesh, axis_names={"data"}, **spec)
     assert products(shared) == 2 * (2 * 2 * 2 * 4)
 
 
@@ -289,6 +290,9 @@ def test_the_traffic_of_a_text_by_hand():
     unknown, copied, fusion = 2 * full, 2 * full, row + row + 4
     assert counting.traffic(GPU) == convert + negate + gemm + unknown + copied + fusion
     assert counting.traffic(GPU.replace("%", "")) == counting.traffic(GPU)
+    later = "%set = f32[64,16]{1,0} dynamic-update-slice(%p0, %twice, %p2, %zero)\n  ROOT %end = f32[64,16]{1,0} negate(%set)"
+    inside = re.sub(r"ROOT %set.*", later, GPU)  # what is not the result is not written in place
+    assert counting.traffic(inside) == counting.traffic(GPU) + 2 * full - row
 
 
 @pytest.mark.parametrize(
