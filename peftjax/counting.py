@@ -89,8 +89,8 @@ def _called(eqn: JaxprEqn) -> Jaxpr | None:
 def _scan_carries(eqn: JaxprEqn) -> tuple[int, int]:
     """How many constants and how many carries the body of a scan takes; the rest are slices, of one axis less."""
     body: Jaxpr = eqn.params["jaxpr"].jaxpr
-    whole = sum(v.aval.ndim == b.aval.ndim for v, b in zip(eqn.invars, body.invars, strict=True))
-    carries = sum(v.aval.ndim == b.aval.ndim for v, b in zip(eqn.outvars, body.outvars, strict=True))
+    whole = sum(len(_shape(v)) == len(_shape(b)) for v, b in zip(eqn.invars, body.invars, strict=True))
+    carries = sum(len(_shape(v)) == len(_shape(b)) for v, b in zip(eqn.outvars, body.outvars, strict=True))
     return whole - carries, carries
 
 
@@ -178,7 +178,9 @@ def _equation_flops(e: _Equation) -> Flops:
     if name == "scan":
         return Flops(*(params["length"] * n for n in inner[0]))
     if name == "shard_map":
-        return Flops(*(params["mesh"].size * n for n in inner[0]))
+        axes = params["newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"]  # its name has changed
+        devices = math.prod(params["mesh"].shape[axis] for axis in axes)
+        return Flops(*(devices * n for n in inner[0]))
     if inner:
         return _sum(inner)
     if (product := _product(name, e.eqn)) is not None:
@@ -202,7 +204,7 @@ def _simple(name: str, eqn: JaxprEqn) -> int:
 
 def _product(name: str, eqn: JaxprEqn) -> int | None:
     """FLOPs of a matrix product, a convolution or cuDNN's attention; None: it is none of them."""
-    shapes = [getattr(v.aval, "shape", ()) for v in eqn.invars]
+    shapes = [_shape(v) for v in eqn.invars]
     if name == "dot_general":
         (contracted, _), _ = eqn.params["dimension_numbers"]
         return 2 * _size(eqn.outvars[0]) * math.prod(shapes[0][i] for i in contracted)
@@ -216,8 +218,8 @@ def _product(name: str, eqn: JaxprEqn) -> int | None:
 
 def _convolution(eqn: JaxprEqn) -> int:
     """2 multiply-adds for every pair of a kernel's and an input's element that meet; padding meets nothing."""
-    p, (x, kernel) = eqn.params, (v.aval.shape for v in eqn.invars)
-    numbers, out = p["dimension_numbers"], eqn.outvars[0].aval.shape
+    p, x, kernel, out = eqn.params, *map(_shape, (*eqn.invars, *eqn.outvars))
+    numbers = p["dimension_numbers"]
     fma = x[numbers.lhs_spec[0]] // p["batch_group_count"] * math.prod(kernel[i] for i in numbers.rhs_spec[:2])
     for axis, (i, k, o) in enumerate(
         zip(numbers.lhs_spec[2:], numbers.rhs_spec[2:], numbers.out_spec[2:], strict=True)
@@ -229,8 +231,12 @@ def _convolution(eqn: JaxprEqn) -> int:
     return 2 * fma
 
 
+def _shape(v: Any) -> tuple[int, ...]:
+    return getattr(v.aval, "shape", ())  # a token has none
+
+
 def _size(v: Any) -> int:
-    return math.prod(getattr(v.aval, "shape", ()))
+    return math.prod(_shape(v))
 
 
 # A bound of the temporaries
@@ -244,7 +250,8 @@ def bound(jaxpr: ClosedJaxpr) -> int:
     do not count. Of a scan: its carries, its stacked results, a pass's slices, and the body's own peak.
 
     A compiler plans less, unless it changes the order for the worse, hoists something out of a loop, or converts:
-    the CPU's makes float32 copies of bfloat16 weights, which are not in here; nor is the workspace of a kernel.
+    the CPU's drops the barriers of `jax.checkpoint` outside a scan and may recompute early, and makes float32 copies
+    of bfloat16 weights, none of which is in here; nor is the workspace of a kernel.
 
     >>> import jax, jax.numpy as jnp
     >>> bound(jax.make_jaxpr(lambda x: (x + 1).sum())(jax.ShapeDtypeStruct((256,), jnp.float32)))
@@ -331,8 +338,8 @@ def traffic(hlo: str) -> float | None:
     read counts; of a dynamic-update-slice or a scatter, the update. Workspaces of custom calls do not count, and
     nothing is known of caches. None: the text is not such HLO.
 
-    XLA's `bytes accessed` differs where it takes loops once, and where it counts the inside of a fusion's operand by
-    the share of it that is used.
+    XLA's `bytes accessed` of a program without loops is the same but for a percent or two; of loops it counts the body
+    once, and of some platforms there is none.
 
     >>> text = '''HloModule m
     ...

@@ -484,7 +484,7 @@ def _spent(file: Path) -> dict:
     if flops is None:
         return {}
     seconds = json.loads(beside.read_text())["seconds"] if beside.is_file() else None
-    return {"training_flops": flops, "training_counted": costs.XLA, "training_seconds": seconds}
+    return {"training_flops": flops, "training_counted": costs.JAXPR, "training_seconds": seconds}
 
 
 def _tuned(
@@ -504,7 +504,7 @@ def _tuned(
     result = run(problem, entry, settings, folder, report=report)
     params = load_adapter(folder / "adapter.safetensors", problem.model).params
     flops = result["training_flops"]
-    spent = costs.training(problem, entry.method, settings) if flops is None else costs.Count(flops)
+    spent = costs.training(problem, entry.method, settings) if flops is None else costs.Count(flops, costs.JAXPR)
     steps = settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size)
     step = result["step_seconds"]
     row = {
@@ -563,7 +563,8 @@ def _facts(bench: Bench, rows: Sequence[dict], settings: Settings | None) -> lis
         length = f"{settings.steps} steps" if settings.steps else f"{settings.epochs} epochs"
         facts.append(f"methods: {length}, batches of {settings.batch_size}, on the same template, scored zero-shot")
     by = sorted({r["counted"] for r in rows} | {r["training_counted"] for r in rows if "training_counted" in r})
-    who = {costs.XLA: "XLA's count of the programs", costs.ANALYTIC: "2 N T and the attention, three times to train"}
+    who = {costs.XLA: "XLA's count of the programs", costs.ANALYTIC: "2 N T and the attention"}
+    who |= {costs.JAXPR: "the equations of the training steps"}
     return [
         *facts,
         f"queries in batches of {how.batch_size}; FLOPs: {' and '.join(who[x] for x in by)}",

@@ -19,6 +19,7 @@ import optax
 
 from .backward import by_group, groups, unite, update_in_backward
 from .checkpoint import StateFolder, write_atomically
+from .counting import flops as count_flops
 from .layout import stack_layers
 from .methods import Method, chain
 from .rounding import apply_updates
@@ -248,7 +249,7 @@ class Fitted(NamedTuple):
       step_seconds: median, without compilation.
       compilations: number of compiled steps, one for each shape.
       seconds: of the loop, compilation included, of all the processes that a resumed run took.
-      flops: of the steps, by XLA's count; None where it gives none, or counts a part only (a scan, accumulation).
+      flops: of the steps, counted from their jaxpr (`counting.flops`), in either layout.
     """
 
     params: Tree
@@ -259,7 +260,7 @@ class Fitted(NamedTuple):
     step_seconds: float
     compilations: int
     seconds: float
-    flops: float | None
+    flops: float
 
 
 def start(
@@ -323,7 +324,7 @@ def fit(
 
     compiled = _Compiled(step)
     times: list[float] = []
-    flops = 0.0 if settings.layout == "loop" and settings.accumulate == 1 else None  # XLA counts a scan's body once
+    flops = 0.0
     states = None if folder is None else StateFolder(Path(folder) / "state")
     if states is not None and (newest := states.latest()) is not None:
         (state, best_trainable), meta = states.restore(newest, (state, best_trainable))
@@ -359,7 +360,7 @@ def fit(
                 clock = time.perf_counter()
             state, metrics = run(state, frozen, batch, key)
             done += 1
-            flops = None if flops is None or of_step is None else flops + of_step
+            flops += of_step
             if pending is not None:  # the previous step's numbers, read while this one runs
                 note(pending, timed=not compiling)
             left = (total - done) * (float(np.median(times[-20:])) if times else 0.0)
@@ -456,14 +457,14 @@ class _Compiled:
         self.jitted = jax.jit(step, donate_argnums=0)
         self.steps: dict[str, Any] = {}
         self.peaks: dict[str, int] = {}  # bytes by shape; of a resumed run, also those of before
-        self.flops: dict[str, float | None] = {}
+        self.flops: dict[str, int] = {}
 
     def get(self, state, frozen, batch, key):
         shape = ", ".join(f"{k} {v.shape}" for k, v in sorted(batch.items()))
         new = shape not in self.steps
         if new:
-            self.steps[shape] = self.jitted.lower(state, frozen, batch, key).compile()
-            self.flops[shape] = counted(self.steps[shape])
+            traced = self.jitted.trace(state, frozen, batch, key)
+            self.steps[shape], self.flops[shape] = traced.lower().compile(), count_flops(traced.jaxpr).total
             plan, self.peaks[shape] = self.steps[shape].memory_analysis(), 0
             if plan is not None:
                 arguments = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes

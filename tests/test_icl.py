@@ -1,5 +1,6 @@
 """In-context learning beside fine-tuning: what is shown, how answers are ranked, what it costs, what stays on disk."""
 
+import dataclasses
 import json
 import math
 from collections import Counter
@@ -282,6 +283,8 @@ def test_the_count_of_training_is_that_of_its_compiled_steps(books):
     found = costs.training(books, method, settings)
     assert found.flops == pytest.approx(6 * step.cost_analysis()["flops"], rel=0.02)
     assert found.flops < costs.training(books, methods.full(), settings).flops
+    parts = costs.training(books, method, dataclasses.replace(settings, accumulate=2, layout="scan"))
+    assert parts.flops == pytest.approx(found.flops, rel=0.05)  # a scan's first layer hands on its gradient
 
 
 def test_the_count_of_decoding_is_2_n_a_token(books):

@@ -29,7 +29,7 @@ from peftjax.train import (
     schedule,
     start,
 )
-from peftjax.tree import flatten
+from peftjax.tree import count, flatten
 
 PARAMS = {"lin": {"kernel": jnp.ones((4, 3)) / 4, "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(4)}}
 
@@ -289,6 +289,13 @@ def test_one_compilation_for_each_shape_and_one_trace(at, caplog):
     shapes = {b["input_ids"].shape for n in range(3) for b in e2e.epoch(n, 8, 0)}
     assert fitted.compilations == len(shapes) == len(compiled) == len(traces) == len(set(traces)) == 2
     assert fitted.peak_bytes > sum(x.nbytes for x in jax.tree.leaves(e2e.model.params))
+
+
+def test_the_flops_of_a_run_are_those_of_its_steps(e2e):
+    whole, parts = fit_problem(e2e, full(), steps=3), fit_problem(e2e, full(), steps=3, layout="scan", accumulate=2)
+    analytic = 6 * 8 * 3 * count(e2e.model.params) * next(e2e.epoch(0, 8, 0))["input_ids"].shape[1]
+    assert whole.flops > 0.8 * analytic
+    assert parts.flops == pytest.approx(whole.flops, rel=0.02)
 
 
 def test_history_and_report():
