@@ -87,15 +87,19 @@ def cross_entropy(
             return jax.tree.map(lambda s, g: s + g.astype(s.dtype), sums, by_trained), (-logprob, by_hidden)
 
         size = _positions(y.shape, vocabulary, tokens, sum(leaf.size for leaf in trained))
-        zeros = [jnp.zeros(leaf.shape, jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in trained]
+        zeros = [jnp.zeros(leaf.shape, _wide(leaf.dtype)) for leaf in trained]
         sums, (each, by_hidden) = _by_chunks(part, zeros, (hidden, y, w.astype(jnp.float32)), size)
         by_trained = iter(s.astype(leaf.dtype) for s, leaf in zip(sums, trained, strict=True))
         by_leaf = [next(by_trained) if t else None for t in trains]
-        return (each * w.astype(jnp.float32)).sum(), (by_leaf, by_hidden, each.astype(w.dtype))
+        return (each * w.astype(jnp.float32)).sum(), (
+            by_leaf,
+            by_hidden,
+            each.astype(w.dtype) if weights.perturbed else None,
+        )
 
     def backward(gradients, cotangent):
         def scale(g):
-            return (cotangent * g.astype(jnp.promote_types(g.dtype, jnp.float32))).astype(g.dtype)
+            return (cotangent * g.astype(_wide(g.dtype))).astype(g.dtype)
 
         by_leaf, by_hidden, each = jax.tree.map(scale, gradients)
         return by_leaf, by_hidden[0] if by_hidden else None, None, each
@@ -136,6 +140,11 @@ def _check(hidden, targets, weights, tokens) -> None:
         raise ValueError(f"a chunk has at least 1 token; got tokens={tokens}")
 
 
+def _wide(dtype: Any) -> Any:
+    """What is summed up in: at least float32."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
+
+
 def _one(hidden: Any) -> Any:
     """The shape of one position of each row."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct((x.shape[0], 1, *x.shape[2:]), x.dtype), hidden)
@@ -160,13 +169,13 @@ def _read_by(head: Head, params: Tree, hidden: Any) -> tuple[list, Callable, int
 
 def _of_chunk(leaves: list, number: jax.Array | None) -> list:
     """The leaves, with keys as those of a chunk, lest dropout be the same in all of them."""
+    if number is None:
+        return leaves
 
-    def own(x):
-        if number is None or not jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return x
-        return jax.vmap(lambda key: jax.random.fold_in(key, number))(x.reshape(-1)).reshape(x.shape)
+    def draw(x):
+        return jax.vmap(jax.random.fold_in, (0, None))(x.reshape(-1), number).reshape(x.shape)
 
-    return [own(x) for x in leaves]
+    return [draw(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x for x in leaves]
 
 
 def _chosen(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -179,14 +179,27 @@ def test_gradients_of_each_example_under_vmap():
     _close(*sums)
 
 
-def test_bfloat16_states_and_a_float32_head():
-    """A chunk's gradient is rounded once, as the plain one is; the sum of them is not."""
-    arguments = _linear(jnp.bfloat16)
+@pytest.mark.parametrize("head", [jnp.float32, jnp.bfloat16])
+def test_bfloat16_states(head):
+    """A chunk's gradient is rounded once, as the plain one is; the sum of them is not rounded until the end."""
+    table, *rest = _linear(jnp.bfloat16)
+    table = table.astype(head)
     with jax.numpy_dtype_promotion("strict"):
-        ours = jax.jit(jax.value_and_grad(functools.partial(cross_entropy, _attend, tokens=6), (0, 1)))(*arguments)
-    plain = jax.jit(jax.value_and_grad(functools.partial(_plain, _attend), (0, 1)))(*arguments)
+        ours = jax.jit(jax.value_and_grad(functools.partial(cross_entropy, _attend, tokens=6), (0, 1)))(table, *rest)
+    plain = jax.jit(jax.value_and_grad(functools.partial(_plain, _attend), (0, 1)))(table, *rest)
     _close(ours, plain, 1e-2)
-    assert [x.dtype for x in ours[1]] == [jnp.float32, jnp.bfloat16]
+    assert [x.dtype for x in ours[1]] == [head, jnp.bfloat16]
+
+
+def test_weights_may_be_whole_numbers():
+    table, hidden, targets, weights = _linear()
+    both = [
+        jax.jit(jax.value_and_grad(functools.partial(f, _attend), (0, 1)))(
+            table, hidden, targets, np.int32(weights > 0.5)
+        )
+        for f in (cross_entropy, _plain)
+    ]
+    _close(*both)
 
 
 def test_likelihoods_in_chunks():
