@@ -19,6 +19,8 @@ A table of words tells its hook which text each token is of: (batch, length) of 
 at padding.
 """
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -27,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from .. import weights
+from . import cudnn
 
 
 class Context(NamedTuple):
@@ -211,6 +214,8 @@ def attention(
 ):
     """Dot-product attention with grouped key/value heads and dropout on the probabilities.
 
+    Without dropout and cap it is cuDNN's in a program that is lowered for a GPU, where that fits (`cudnn.fits`).
+
     Args:
       module: gives the dropout key.
       q: (batch, queries, heads, size).
@@ -228,7 +233,11 @@ def attention(
     if extra:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (extra, 0)), constant_values=True)
     if (deterministic or not dropout) and cap is None:
-        y = jax.nn.dot_product_attention(q, k, v, bias=bias, mask=mask, scale=scale)
+        attend = functools.partial(jax.nn.dot_product_attention, scale=scale)
+        if cudnn.fits(q, k, v):
+            fused = functools.partial(cudnn.attention, scale)
+            attend = functools.partial(jax.lax.platform_dependent, cuda=fused, default=attend)
+        y = attend(q, k, v, bias, mask)
     else:
         groups = q.shape[2] // k.shape[2]
         grouped = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
@@ -380,13 +389,18 @@ def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> t
 
 
 def _products(prim: Any, *args: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint`: what `x @ W` gives is kept for x of three axes or more.
+    """A policy of `jax.checkpoint`: what `x W` gives is kept, for x of three axes or more and W of full rank.
 
     A policy reaches into the checkpoints of nodes too (`weights.Weight.dot`). There, a product of two matrices makes a
-    dense array as large as a weight, which is what those checkpoints are to keep out of memory.
+    dense array as large as a weight, which is what those checkpoints are to keep out of memory. The low-rank `(x A) B`
+    beside `x W` would take as much memory as that and costs next to nothing.
     """
-    plain = jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params)
-    return bool(plain) and max(x.ndim for x in args) > 2
+    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params):
+        return False
+    x, w = args
+    ((over, _), _) = params["dimension_numbers"]
+    terms = math.prod(x.shape[i] for i in over)
+    return x.ndim > 2 and 8 * terms > w.size // terms
 
 
 def _recompute(policy: Callable) -> Callable:
@@ -397,7 +411,7 @@ def _recompute(policy: Callable) -> Callable:
 REMAT: dict[str, Callable] = {
     "none": lambda call, **how: call,  # all activations are kept
     "block": _recompute(jax.checkpoint_policies.nothing_saveable),  # its input
-    "dots": _recompute(_products),  # its input, and its products with weights
+    "dots": _recompute(_products),  # its input, and what its weights give of theirs
 }
 
 
