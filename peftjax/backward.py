@@ -7,15 +7,15 @@ arXiv:2306.09782, section 3.1, which has SGD; here any optimizer that treats eac
 """
 
 import re
-import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
 
+from .methods.base import path_key
 from .tree import HOLE, Tree, flatten, map_with_path
 
 _LAYER = re.compile(r"(.*?_(?:\d+|\*))/.*")
@@ -67,12 +67,11 @@ def by_group(tx: optax.GradientTransformation) -> optax.GradientTransformationEx
         return {name: tx.init(part) for name, part in groups(params).items()}
 
     def update(updates, state, params=None, **extra):
-        of = groups(updates if params is None else params)
+        of = {} if params is None else groups(params)
 
         def one(name, grads):
-            if "key" in extra:  # so that no two groups draw the same
-                extra["key"] = jax.random.fold_in(extra["key"], zlib.crc32(name.encode()))
-            return tx.update(grads, state[name], None if params is None else of[name], **extra)
+            drawn = {"key": path_key(extra["key"], name)} if "key" in extra else {}  # no two groups draw the same
+            return tx.update(grads, state[name], of.get(name), **{**extra, **drawn})
 
         new = {name: one(name, grads) for name, grads in groups(updates).items()}
         return unite(u for u, _ in new.values()), {name: s for name, (_, s) in new.items()}
@@ -147,7 +146,7 @@ def update_in_backward(
 
     new, carry, structure = {}, None, jax.tree.structure(grads)
     for segment, stop, later in zip(plan.segments, plan.stops, plan.later, strict=True):
-        values |= _run(segment, values, later)
+        values |= _run(segment, values, later, jaxpr.debug_info)
         if carry is None:
             carry = begin(jax.tree.unflatten(jax.tree.structure(value), read(jaxpr.outvars[:n])))
         for name in stop:
@@ -198,13 +197,14 @@ def _plan(jaxpr: Jaxpr, n: int, names: Sequence[str]) -> _Plan:
     return _Plan(segments, [[name for name, at in ready.items() if at == end] for end in ends], later)
 
 
-def _run(segment: Sequence[JaxprEqn], values: dict[Var, Any], later: set[Var]) -> dict[Var, Any]:
+def _run(segment: Sequence[JaxprEqn], values: dict[Var, Any], later: set[Var], of: DebugInfo) -> dict[Var, Any]:
     """What the equations make that is needed later."""
     made = {v for eqn in segment for v in eqn.outvars}
     inputs = list({v: None for eqn in segment for v in eqn.invars if not isinstance(v, Literal) and v not in made})
     outputs = [v for eqn in segment for v in eqn.outvars if v in later]
     effects = frozenset().union(*(eqn.effects for eqn in segment))
-    run = jaxpr_as_fun(ClosedJaxpr(Jaxpr((), inputs, outputs, segment, effects), ()))
+    of = of._replace(arg_names=("",) * len(inputs), result_paths=("",) * len(outputs))
+    run = jaxpr_as_fun(ClosedJaxpr(Jaxpr((), inputs, outputs, segment, effects, of), ()))
     return dict(zip(outputs, run(*(values[v] for v in inputs)), strict=True))
 
 

@@ -42,7 +42,7 @@ from .run import (
     zero_shot,
 )
 from .tasks import Chats, Task, get_task
-from .train import NonFinite, Settings
+from .train import NonFinite, Settings, make_optimizer, start
 from .tree import count, flatten, partition
 
 # of an adapter file's extras, what holds for a combination too
@@ -463,7 +463,7 @@ def set_up(
 
 def _try(entry: Entry, model: Model, layout: str) -> Any:
     m = entry.method
-    params = jax.eval_shape(lambda p: m.init(jax.random.key(0), p, model.sites), model.params)
+    params = jax.eval_shape(lambda p: _adapted(m, p, model), model.params)
     m.trainable(params)
     if layout == "scan":
         jax.eval_shape(stack_layers, params)
@@ -472,8 +472,16 @@ def _try(entry: Entry, model: Model, layout: str) -> Any:
 
 def _check_plans(problem: Problem, chosen: list[Entry], settings: Settings) -> None:
     """Tells every method how long it would train, so that what does not fit is said before anything is trained."""
+    total = settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size)
     for entry in chosen:
-        entry.method.planned(settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size))
+        m = entry.method.planned(total)
+        if settings.update == "backward":  # not every optimizer can
+            tx = make_optimizer(settings, total, m)
+            jax.eval_shape(lambda p, m=m, tx=tx: start(m, _adapted(m, p, problem.model), tx)[0], problem.model.params)
+
+
+def _adapted(m: Any, params: Any, model: Model) -> Any:
+    return m.init(jax.random.key(0), params, model.sites)
 
 
 def _with_head_of_seed(problem: Problem, seed: int) -> Problem:

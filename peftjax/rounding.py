@@ -10,8 +10,8 @@ from .tree import Tree, map_with_path
 def round_randomly(key: jax.Array, x: jax.Array) -> jax.Array:
     """Rounds float32 to one of the two nearest bfloat16 values, with the probabilities that make the mean x.
 
-    Stochastic rounding (Gupta et al. 2015, arXiv:1502.02551, section 3.1): a random number of 16 bits is added to the 16
-    that bfloat16 does not have, and these are cut off. What is not finite stays as it is.
+    Stochastic rounding (Gupta et al. 2015, arXiv:1502.02551, section 3.1): a random number of 16 bits is added to the
+    16 bits that bfloat16 does not have, and these are cut off. What is not finite stays as it is.
 
     >>> x = jnp.full(10_000, 1 + 2**-10)  # bfloat16 has 1 and 1 + 2**-7
     >>> y = round_randomly(jax.random.key(0), x)

@@ -109,9 +109,14 @@ def check_writable(folder: str | Path) -> Path:
     return folder
 
 
+# Settings that a configuration names only where they are not these: results of before they existed stay valid.
+SILENT = {"update": "whole", "trainable_dtype": "float32"}
+
+
 def configuration(problem: Problem, method: Method | None, settings: Settings | None) -> dict:
     """All that the result depends on, as JSON; without a method, that of the base as it is."""
     settings_ = {k: v for k, v in dataclasses.asdict(settings).items() if k != "save_every"} if settings else {}
+    settings_ = {k: v for k, v in settings_.items() if k not in SILENT or v != SILENT[k]}
     config = {
         "base": fingerprint(problem.model),
         "task": problem.task.name,

@@ -77,8 +77,8 @@ class Settings:
             )
         if self.update == "backward" and self.accumulate > 1:
             raise ValueError(
-                f"accumulate={self.accumulate} keeps a sum of the whole gradient, and update='backward' is there to have "
-                "none; write accumulate=1, with a smaller batch_size if memory is short"
+                f"accumulate={self.accumulate} keeps the whole gradient to add to it, and update='backward' is there "
+                "to keep none; write accumulate=1, with a smaller batch_size if memory is short"
             )
 
 
