@@ -74,9 +74,9 @@ def made(family):
 
 
 CASES = {  # bloom's embedding is tied, llama's is not
-    "full, tied": ("bloom", full(), {"remat": True}, {}),
+    "full, tied": ("bloom", full(), {"remat": "block"}, {}),
     "full, untied, scanned": ("llama", full(), {}, {"layout": "scan"}),
-    "lora+": ("llama", lora_plus(rank=2, dropout=0.3), {"remat": True}, {}),
+    "lora+": ("llama", lora_plus(rank=2, dropout=0.3), {"remat": "block"}, {}),
     "lora and bitfit": ("bloom", chain(lora(rank=2), bitfit()), {}, {}),
 }
 
