@@ -33,8 +33,7 @@ from .run import (
     Entry,
     check_writable,
     configuration,
-    entries,
-    named,
+    entries_for,
     names_of,
     rate_of,
     run,
@@ -43,7 +42,7 @@ from .run import (
 )
 from .tasks import Chats, Task, get_task
 from .train import NonFinite, Settings, make_optimizer, start
-from .tree import count, flatten, partition
+from .tree import count, partition
 
 # of an adapter file's extras, what holds for a combination too
 KEPT = ("task", "labels", "num_labels", "chats", "chat_template")
@@ -429,33 +428,37 @@ def set_up(
     chosen: list[Entry] = []
     left_out: list[str] = []
 
-    def reserve(model: Model) -> int:
-        heads = {s.module for s in model.sites if s.kind == "head"}
-        biases = [p for p in flatten(model.params) if p.endswith("/bias") and p.rpartition("/")[0] not in heads]
-        text = named(methods, is_classifier=bool(heads))
-        found = entries(
-            text,
-            is_classifier=bool(heads),
-            has_biases=bool(biases),
-            tokenizer=lambda: hub.load_tokenizer(model_name),
-        )
+    by_name = methods not in (None, "all")
+
+    def keep(found: list[Entry], fits: Callable[[Entry], Any]) -> None:
+        """Takes those that fit; what nobody asked for by name is left out with a note."""
+        chosen.clear()
         for entry in found:
             try:
-                _try(entry, model, settings.layout)
+                fits(entry)
             except ValueError as e:
-                if methods not in (None, "all"):
+                if by_name:
                     raise
-                left_out.append(f"{entry.name} is left out: {e}")  # nobody asked for it by name
+                left_out.append(f"{entry.name} is left out: {e}")
             else:
                 chosen.append(entry)
+
+    def reserve(model: Model) -> int:
+        found = entries_for(methods, model, lambda: hub.load_tokenizer(model_name))
+        keep(found, lambda entry: _try(entry, model, settings.layout))
         return max(virtual_tokens(_try(e, model, settings.layout)) for e in chosen)
 
     def before(problem: Problem, describe: Callable[..., Model]) -> None:
         batch, here = problem.largest_batch(settings.batch_size), devices.present()
         facts = {k: options[k] for k in ("dtype", "param_dtype", "quantize", "remat") if k in options}
-        for entry in chosen:
-            made = (lambda _, e=entry: e.method, lambda _: batch)
+
+        def fits(entry: Entry) -> None:
+            made = (lambda _: entry.method, lambda _: batch)
             memory.check(memory.Case(describe, *made, problem.task.kind, settings, facts), here, entry.name)
+
+        keep([*chosen], fits)
+        if not chosen:
+            raise memory.DoesNotFit(f"no method fits into the memory: {left_out[-1]}")
 
     problem = prepare(model_name, task, source, reserve=reserve, before=before, **options)
     return problem._replace(notes=(*problem.notes, *left_out)), chosen

@@ -286,7 +286,7 @@ def describe(
     dtype: Any = jnp.float32,
     param_dtype: Any = jnp.float32,
     quantize: str | None = None,
-    remat: bool = False,
+    remat: str = "none",
     revision: str | None = None,
 ) -> Model:
     """A model's shapes from its config alone: `load` without reading, or downloading, any weight.

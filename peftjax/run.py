@@ -74,6 +74,14 @@ def entries(
     return out
 
 
+def entries_for(methods: str | None, model: Model, tokenizer: Callable[[], Any] | None = None) -> list[Entry]:
+    """`entries` of the methods that a text names (`named`), fitted to this model."""
+    heads = {s.module for s in model.sites if s.kind == "head"}
+    has_biases = any(p.endswith("/bias") and p.rpartition("/")[0] not in heads for p in flatten(model.params))
+    facts: dict[str, Any] = {"is_classifier": bool(heads), "has_biases": has_biases, "tokenizer": tokenizer}
+    return entries(named(methods, is_classifier=bool(heads)), **facts)
+
+
 def _trains_the_head(name: str, arguments: dict) -> bool:
     targets = arguments.get("targets")
     return name in ("head", "child_tuning") or (name == "full" and (not targets or "head" in targets))

@@ -122,20 +122,20 @@ def test_without_model_and_task_it_is_the_bundled_base_on_the_built_in_task(tmp_
 
 def test_every_method_that_fits_and_word_of_those_that_do_not(at, tmp_path):
     """77 classes need more than the half percent that FISH Mask may train; asked for by name, that is an error."""
-    problem, chosen = comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "all")
+    problem, chosen = comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "all", train.Settings())
     names = [e.name for e in chosen]
     assert names == [n for n in (*[m for m in METHODS if m != "full"], "full") if n not in ("fishmask", "neftune")]
     assert any("fishmask is left out: " in note for note in problem.notes)
     with pytest.raises(ValueError, match="leaves nothing beside the task head"):
-        comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "fishmask")
-    _, generating = comparison.set_up("tiny-books", "places", None, None)
+        comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "fishmask", train.Settings())
+    _, generating = comparison.set_up("tiny-books", "places", None, None, train.Settings())
     assert [e.name for e in generating] == [n for n in SELECTION if n != "head"]
     assert len(generating) >= 10
     assert set(SELECTION) <= set(METHODS)
 
 
 def test_a_new_head_has_no_zero_shot(at, tmp_path):
-    problem, _ = comparison.set_up(str(at / "bert"), "rte", str(at / "rte"), "head")
+    problem, _ = comparison.set_up(str(at / "bert"), "rte", str(at / "rte"), "head", train.Settings())
     with pytest.raises(ValueError, match=r"task head .* is new; train it"):
         zero_shot(problem, tmp_path)
 

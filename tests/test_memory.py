@@ -219,7 +219,7 @@ def test_the_largest_batch_by_the_command(call, monkeypatch):
     ("arguments", "said"),
     [
         (("--device", "h300"), r"there is no device 'h300'; the devices are h200, h100, .*, cpu, here"),
-        (("--device", "cpu", "--seq", 4096), "texts of 4096 tokens: this model takes 512; write a smaller --seq"),
+        (("--device", "cpu", "--seq", 4096), "texts of 4096 tokens: this model takes 256; write a smaller --seq"),
         (("--device", "cpu", "--method", "lora(rank=0)"), "rank"),
         (("--device", "cpu", "--batch", 0), "batch_size must be at least 1"),
         (("--device", "cpu", "--model", "no/such/folder"), "no/such/folder is no folder"),

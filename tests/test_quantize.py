@@ -430,7 +430,7 @@ def test_compare_on_codes_leaves_out_what_must_train_them(tmp_path):
     tiny.folder(tmp_path / "llama", "llama")
     tiny.data(tmp_path / "e2e", "e2e")
     problem, chosen = set_up(
-        f"{tmp_path}/llama", "e2e", f"{tmp_path}/e2e", None, quantize="int8", dtype=jnp.dtype("float32")
+        f"{tmp_path}/llama", "e2e", f"{tmp_path}/e2e", None, Settings(), quantize="int8", dtype=jnp.dtype("float32")
     )
     assert {"full", "fishmask"}.isdisjoint(e.name for e in chosen)
     assert [n.partition(" is left out")[0] for n in problem.notes if "quantised" in n] == ["fishmask", "full"]
