@@ -445,7 +445,7 @@ def survey(
     if compiler not in ("auto", "device", "cpu"):
         raise ValueError(f"there is no compiler {compiler!r}; there are auto, device and cpu")
     found = {name: find(name) for name in names}
-    shapes = functools.partial(_described, model_name, purpose, labels)
+    shapes = functools.cache(functools.partial(_described, model_name, purpose, labels))
     model = shapes(**options)
     kind = _kind(model, labels)
     if length > model.max_length or (target_length or 0) > model.max_length:

@@ -167,7 +167,7 @@ def prepare(
         tokenizer = hub.load_tokenizer(model_name)
         tokenizer.chat_template = chat_template or tokenizer.chat_template
         sft.check_tokenizer(tokenizer)
-    describe = functools.partial(hub.describe, model_name, purpose, labels=labels)
+    describe = functools.cache(functools.partial(hub.describe, model_name, purpose, labels=labels))
     model = describe(**{k: v for k, v in load.items() if k not in ("fresh_head", "seed")})
     tokenizer = hub.load_tokenizer(model_name) if tokenizer is None else tokenizer
     if pack:
