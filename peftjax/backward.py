@@ -133,45 +133,49 @@ def update_in_backward(
       The new values by group, and the last carry.
     """
     closed, (value, grads) = jax.make_jaxpr(gradient, return_shape=True)(trainable, *arguments)
-    jaxpr, values = closed.jaxpr, {}
-    n = len(jax.tree.leaves(value))
-    values.update(zip(jaxpr.constvars, closed.consts, strict=True))
-    values.update(zip(jaxpr.invars, jax.tree.leaves((trainable, *arguments)), strict=True))
-    given = set(values)
-    names = [group_of(path) for path in flatten(trainable)]
-    plan = _plan(jaxpr, n, names)
+    jaxpr, n = closed.jaxpr, len(jax.tree.leaves(value))
+    values = dict(zip(jaxpr.constvars, closed.consts, strict=True))
+    values |= dict(zip(jaxpr.invars, jax.tree.leaves((trainable, *arguments)), strict=True))
+    given, names = set(values), [group_of(path) for path in flatten(trainable)]
 
     def read(atoms):
         return [v.val if isinstance(v, Literal) else values[v] for v in atoms]
 
     new, carry, structure = {}, None, jax.tree.structure(grads)
-    for segment, stop, later in zip(plan.segments, plan.stops, plan.later, strict=True):
-        values |= _run(segment, values, later, jaxpr.debug_info)
+    for stop in _stops(jaxpr, n, names):
+        values |= _run(stop.equations, values, stop.results | stop.later, jaxpr.debug_info)
         if carry is None:
             carry = begin(jax.tree.unflatten(jax.tree.structure(value), read(jaxpr.outvars[:n])))
-        for name in stop:
-            own = [v for v, of in zip(jaxpr.outvars[n:], names, strict=True) if of == name]
-            rest = [v for v in values if v in later and v not in given and v not in own and _is_float(v)]
-            # what else was made so far comes before the update, so that this may overwrite the old values ...
-            found, moved = jax.lax.optimization_barrier((read(own), read(rest)))
-            found = iter(found)
-            whole = jax.tree.unflatten(structure, [next(found) if of == name else HOLE for of in names])
-            new[name], carry = update(name, whole, carry)
-            # ... and what comes after starts from there, so that this gradient is gone by then
-            moved, new[name], carry = jax.lax.optimization_barrier((moved, new[name], carry))
-            values |= dict(zip(rest, moved, strict=True))
+        own = read(v for v, of in zip(jaxpr.outvars[n:], names, strict=True) if of == stop.name)
+        rest = [v for v in values if v in stop.later and v not in given and jnp.issubdtype(v.aval.dtype, jnp.floating)]
+        # what else was made so far comes before the update, so that this may overwrite the old values ...
+        own, moved = jax.lax.optimization_barrier((own, read(rest)))
+        found = iter(own)
+        whole = jax.tree.unflatten(structure, [next(found) if of == stop.name else HOLE for of in names])
+        new[stop.name], carry = update(stop.name, whole, carry)
+        # ... and what comes after starts from there, so that this gradient is gone by then
+        moved, new[stop.name], carry = jax.lax.optimization_barrier((moved, new[stop.name], carry))
+        values |= dict(zip(rest, moved, strict=True))
     return new, carry
 
 
-class _Plan(NamedTuple):
-    """How a gradient's program is cut: for each segment its equations, the groups complete after it, what is left."""
+class _Stop(NamedTuple):
+    """A segment of a gradient's program, after which a group is updated.
 
-    segments: list[list[JaxprEqn]]
-    stops: list[list[str]]
-    later: list[set[Var]]
+    Attributes:
+      name: of the group.
+      equations: of the segment.
+      results: the group's gradients, and before the first stop the value.
+      later: what the segments after this one read, and the gradients of the groups that are not yet updated.
+    """
+
+    name: str
+    equations: list[JaxprEqn]
+    results: set[Var]
+    later: set[Var]
 
 
-def _plan(jaxpr: Jaxpr, n: int, names: Sequence[str]) -> _Plan:
+def _stops(jaxpr: Jaxpr, n: int, names: Sequence[str]) -> list[_Stop]:
     """A stop as soon as the value and a group's gradients are there and nothing reads its old parameters any more.
 
     Args:
@@ -182,19 +186,25 @@ def _plan(jaxpr: Jaxpr, n: int, names: Sequence[str]) -> _Plan:
     for eqn in reversed(jaxpr.eqns):  # the barriers would keep alive what nothing needs
         if eqn.effects or needed & set(eqn.outvars):
             needed |= _variables(eqn.invars)
-            eqns.insert(0, eqn)
+            eqns.append(eqn)
+    eqns.reverse()
     made = {v: i for i, eqn in enumerate(eqns, 1) for v in eqn.outvars}
     read = {v: i for i, eqn in enumerate(eqns, 1) for v in _variables(eqn.invars)}
-    ready = dict.fromkeys(names, max((made.get(v, 0) for v in _variables(jaxpr.outvars[:n])), default=0))
-    for name, old, gradient in zip(names, jaxpr.invars, jaxpr.outvars[n:], strict=False):
-        made_at = 0 if isinstance(gradient, Literal) else made.get(gradient, 0)
-        ready[name] = max(ready[name], made_at, read.get(old, 0))
-    ends = sorted(set(ready.values()))
-    segments = [eqns[a:b] for a, b in zip([0, *ends], [*ends], strict=False)]
-    later = [_variables(jaxpr.outvars)]
-    for segment in reversed(segments[1:]):
-        later.insert(0, later[0].union(*(_variables(e.invars) for e in segment)))
-    return _Plan(segments, [[name for name, at in ready.items() if at == end] for end in ends], later)
+    value, gradients = _variables(jaxpr.outvars[:n]), {name: set() for name in names}
+    ready = dict.fromkeys(names, max((made.get(v, 0) for v in value), default=0))
+    for name, old, gradient in zip(names, jaxpr.invars, jaxpr.outvars[n:], strict=False):  # then come the arguments
+        gradients[name] |= _variables([gradient])
+        ready[name] = max(ready[name], read.get(old, 0), *(made.get(v, 0) for v in gradients[name]))
+    order = sorted(gradients, key=ready.__getitem__)
+    ready[order[-1]] = len(eqns)  # also what only has effects
+    starts = [0, *(ready[name] for name in order)]
+    stops: list[_Stop] = []
+    later: set[Var] = set()
+    for name, start in zip(reversed(order), reversed(starts[:-1]), strict=True):
+        segment = eqns[start : ready[name]]
+        stops.append(_Stop(name, segment, gradients[name] | value, later))
+        later = later.union(gradients[name], *(_variables(eqn.invars) for eqn in segment))
+    return stops[::-1]
 
 
 def _run(segment: Sequence[JaxprEqn], values: dict[Var, Any], later: set[Var], of: DebugInfo) -> dict[Var, Any]:
@@ -210,7 +220,3 @@ def _run(segment: Sequence[JaxprEqn], values: dict[Var, Any], later: set[Var], o
 
 def _variables(atoms: Iterable[Any]) -> set[Var]:
     return {v for v in atoms if not isinstance(v, Literal)}
-
-
-def _is_float(v: Any) -> bool:
-    return jnp.issubdtype(v.aval.dtype, jnp.floating)

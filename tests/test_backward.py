@@ -100,14 +100,12 @@ def test_it_is_the_plain_step(name):
 
 # A toy of many layers
 
-LAYERS, WIDTH = 16, 48
-TOY = {
-    "table": np.random.default_rng(0).normal(size=(9, WIDTH)).astype(np.float32),
-    **{
-        f"h_{i}": {"kernel": np.eye(WIDTH, dtype=np.float32), "bias": np.zeros(WIDTH, np.float32)}
-        for i in range(LAYERS)
-    },
-}
+LAYERS, WIDTH = 6, 16
+
+
+def network(layers=LAYERS, width=WIDTH):
+    table = jnp.asarray(np.random.default_rng(0).normal(size=(9, width)), jnp.float32)
+    return {"table": table, **{f"h_{i}": {"kernel": jnp.eye(width), "bias": jnp.zeros(width)} for i in range(layers)}}
 
 
 def toy(**rest):
@@ -128,7 +126,7 @@ def deep(params, batch, key, at=None):
     The gradient of the bias of layer `at` is not finite.
     """
     x = params["table"][batch["ids"]]
-    for i in range(LAYERS):
+    for i in range(len(params) - 1):
         layer = params[f"h_{i}"]
         x = x + jnp.tanh(x @ layer["kernel"] + (poisoned(layer["bias"]) if i == at else layer["bias"]))
     each = jnp.square(x - params["table"][batch["targets"]]).mean(-1)
@@ -142,19 +140,19 @@ def toy_epoch(number, n=4, rows=4):
         yield {"ids": ids, "targets": targets, "weight": rng.choice([0.5, 2.0], rows).astype(np.float32)}
 
 
-def start_toy(settings, m=None, loss=deep):
+def start_toy(settings, m=None, loss=deep, params=None):
     m = m or toy()
     tx = make_optimizer(settings, 8, m)
-    state, frozen = start(m, jax.tree.map(jnp.asarray, TOY), tx, dtype=settings.trainable_dtype)
+    state, frozen = start(m, params or network(), tx, dtype=settings.trainable_dtype)
     return state, frozen, make_step(loss, m, tx, update=settings.update)
 
 
 def fit_toy(settings, loss=deep, **kwargs):
-    return fit(jax.tree.map(jnp.asarray, TOY), toy(), loss, toy_epoch, 4, settings, **kwargs)
+    return fit(network(), toy(), loss, toy_epoch, 4, settings, **kwargs)
 
 
 def plan(settings):
-    state, frozen, step = start_toy(settings)
+    state, frozen, step = start_toy(settings, params=network(24, 128))
     batch = next(toy_epoch(0))
     compiled = jax.jit(step, donate_argnums=0).lower(state, frozen, batch, jax.random.key(0)).compile()
     found = compiled.memory_analysis()
@@ -198,14 +196,14 @@ def test_a_loss_that_is_not_finite_leaves_everything_as_it_was():
 
 
 def test_a_gradient_that_is_not_finite_stops_the_updates_from_there_on():
-    state, frozen, step = start_toy(BACKWARD, loss=functools.partial(deep, at=4))
+    state, frozen, step = start_toy(BACKWARD, loss=functools.partial(deep, at=2))
     after, metrics = jax.jit(step)(state, frozen, next(toy_epoch(0)), jax.random.key(0))
     assert np.isfinite(metrics["loss"])
     assert np.isnan(metrics["grad_norm"])
     assert not after.finite
     assert int(after.step) == 0
     moved = {name for name, x in after.trainable.items() if not tiny.same(x, state.trainable[name])}
-    assert moved == {f"h_{i}" for i in range(5, LAYERS)}
+    assert moved == {f"h_{i}" for i in range(3, LAYERS)}
     assert {n for n, s in after.opt_state.items() if not tiny.same(s, state.opt_state[n])} == moved
 
 
@@ -226,7 +224,7 @@ def test_a_run_stops_and_resumes_to_the_same_bits(tmp_path):
     with pytest.raises(ValueError, match="of another run"):
         fit_toy(dataclasses.replace(settings, update="whole"), folder=tmp_path)
     with pytest.raises(NonFinite, match=r"at step 1 the loss is .* and the gradient's norm nan"):
-        fit_toy(settings, functools.partial(deep, at=4))
+        fit_toy(settings, functools.partial(deep, at=2))
 
 
 # What cannot be
@@ -336,14 +334,15 @@ def test_bfloat16_trainables_go_where_float32_ones_go(update):
         return weight * sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(params)), weight
 
     how = {"update": update, "learning_rate": 1e-4, "weight_decay": 0.0, "trainable_dtype": "bfloat16"}
-    state, frozen, step = start_toy(dataclasses.replace(BACKWARD, **how), loss=linear)
+    ones = {f"h_{i}": {"w": jnp.ones((64, 64))} for i in range(2)}
+    state, frozen, step = start_toy(dataclasses.replace(BACKWARD, **how), loss=linear, params=ones)
     step = jax.jit(step, donate_argnums=0)
     for _ in range(10):
         state, _ = step(state, frozen, next(toy_epoch(0)), jax.random.key(0))
     assert {x.dtype.name for x in jax.tree.leaves(state.trainable)} == {"bfloat16"}
     assert {x.dtype.name for x in jax.tree.leaves(state.opt_state)} == {"float32", "int32"}
-    ones = np.array([np.diag(state.trainable[f"h_{i}"]["kernel"]) for i in range(LAYERS)], np.float32)
-    assert ones.mean() == pytest.approx(1 - 10 * 1e-4, abs=3e-4)  # Adam's steps are the rate, as the gradient is 1
+    mean = np.mean([x.astype(jnp.float32) for x in jax.tree.leaves(state.trainable)])
+    assert mean == pytest.approx(1 - 10 * 1e-4, abs=2e-4)  # Adam's steps are the rate, as the gradient is 1
 
 
 def test_an_adapter_from_bfloat16_trainables_loads(tmp_path):
