@@ -5,6 +5,7 @@ peftjax compare --model FOLDER --task rte --data FOLDER --methods head,bitfit,lo
 
 import contextlib
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -1039,6 +1040,7 @@ VERBS: dict[type, Callable] = {
     Models: models,
     Instruct: instruct,
 }
+LIGHT = (Score, Inspect, Methods, Models)  # verbs that compile nothing
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -1069,6 +1071,8 @@ def main(argv: list[str] | None = None) -> None:
 
     keep_to_cpu()
     try:
+        if type(args) not in LIGHT:
+            _keep_programs()
         VERBS[type(args)](args)
     except (ValueError, OSError, ArithmeticError) as e:
         _say(f"error: {' '.join(str(e).split())}", Console(stderr=True), style="red")
@@ -1076,6 +1080,22 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt as e:
         _say(str(e) or "interrupted", Console(stderr=True))
         sys.exit(130)
+
+
+def _keep_programs() -> None:
+    """Keeps what is compiled for a GPU or TPU in the user's cache for the next run, unless a folder is set already.
+
+    XDG Base Directory Specification: $XDG_CACHE_HOME, or ~/.cache where that is empty or not absolute. Programs for a
+    CPU are compiled anew: they are for the CPU that is here, and a cache may be shared by several.
+    """
+    import jax
+
+    chosen = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue] - made when it runs
+    if chosen is not None or jax.default_backend() == "cpu":
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    home = home if home.is_absolute() else Path("~/.cache").expanduser()
+    jax.config.update("jax_compilation_cache_dir", str(home / "peftjax" / "xla"))
 
 
 def _say(text: str, on: Console = console, **style: Any) -> None:

@@ -183,13 +183,15 @@ def load(
       quantize: 'int8', 'nf4' or 'nf4-double': the linear weights of the blocks are quantised from the file's values
         as they are read, so that the whole model is never in memory; the other parameters are not quantised. What
         bitsandbytes quantised to NF4 is read as it is, without `quantize`.
+      remat: which activations of a block are kept for the backward pass: 'none' (all of them), 'block' (its input; the
+        least memory and the most time) or 'dots' (and what its weights give).
       seed: of a task head that the file does not have.
       revision: of a hub name.
 
     Raises:
       FileNotFoundError: no such folder, or a folder without config.json or safetensors.
       ValueError: an unknown architecture, a config value that is not honoured, missing or extra tensors or
-        wrong shapes (all of them in one message), a pickle.
+        wrong shapes (all of them in one message), a pickle; an unknown `remat`.
     """
     folder = find_folder(name, revision)
     hf_config = _read_hf_config(folder)

@@ -553,3 +553,28 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_adapter(at, tmp_path
     assert adapter_of(cut) == adapter_of(tmp_path / "whole")
     assert result(cut)["history"] == result(tmp_path / "whole")["history"]
     assert not (cut / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("backend", "cache_home", "already", "want"),
+    [
+        ("gpu", "/somewhere", None, "/somewhere/peftjax/xla"),
+        ("tpu", "", None, "{home}/.cache/peftjax/xla"),
+        ("gpu", "not/absolute", None, "{home}/.cache/peftjax/xla"),
+        ("gpu", "/somewhere", "/chosen", "/chosen"),
+        ("cpu", "/somewhere", None, None),
+    ],
+)
+def test_compiled_programs_are_kept(call, monkeypatch, tmp_path, backend, cache_home, already, want):
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setenv("XDG_CACHE_HOME", cache_home)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    before = jax.config.jax_compilation_cache_dir
+    try:
+        jax.config.update("jax_compilation_cache_dir", already)
+        assert call("methods")[0] == 0
+        assert jax.config.jax_compilation_cache_dir == already, "nothing is compiled"
+        call("merge", "--model", tmp_path / "none", "--adapter", "none", "--out", tmp_path / "out")
+        assert jax.config.jax_compilation_cache_dir == (want and want.format(home=tmp_path))
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
