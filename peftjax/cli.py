@@ -1040,7 +1040,7 @@ VERBS: dict[type, Callable] = {
     Models: models,
     Instruct: instruct,
 }
-LIGHT = (Score, Inspect, Methods, Models)  # verbs that compile nothing
+LIGHT = (Score, Inspect, Memory, Methods, Models)  # verbs that compile nothing for the device that is here
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]

@@ -189,7 +189,7 @@ class Target(NamedTuple):
     """
 
     device: Any
-    options: dict[str, str]
+    options: dict[str, Any]
     by: str
     exact: bool
 

@@ -28,6 +28,7 @@ from .run import entries_for
 from .train import Settings, make_optimizer, make_step, start
 from .tree import Tree, distinct, nbytes
 
+_TRITON = "xla_gpu_enable_triton_gemm"
 STEPS = 1000  # a run's length where nobody says; the size of no array depends on it
 
 
@@ -245,7 +246,11 @@ def _compile(traced: Any, place: Target) -> tuple[int, float | None]:
     """The peak of a compiled step, and the bytes that it moves."""
     try:
         compiled = traced.lower().compile(compiler_options=place.options)
-    except jax.errors.JaxRuntimeError as e:  # the TPU's compiler refuses what does not fit, and says how much it wanted
+    except jax.errors.JaxRuntimeError as e:
+        # Without a GPU to try kernels on, the CUDA compiler finds no tiles for products of some odd lengths.
+        if "tile sizes" in str(e) and _TRITON not in place.options:
+            return _compile(traced, place._replace(options={**place.options, _TRITON: False}))
+        # The TPU's compiler refuses what does not fit, and says how much it wanted.
         wanted = re.search(r"Used ([\d.]+)([MG]) of [\d.]+[MG] hbm", str(e))
         if wanted is None:
             raise
