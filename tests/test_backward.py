@@ -43,7 +43,7 @@ def tokens(rows=2, length=8, seed=0):
 def prepared(model, m, settings, loss=None):
     """The first state, the frozen half and the jitted step; Adam has an epsilon above the noise of zero gradients."""
     params = m.init(jax.random.key(0), model.params, model.sites)
-    tx = m.optimizer(optax.adamw(settings.learning_rate, eps=1e-4, weight_decay=0.1, mask=decays))
+    tx = m.optimizer(optax.adamw(settings.learning_rate, eps=1e-3, weight_decay=0.1, mask=decays))
     tx = optax.with_extra_args_support(by_group(tx) if settings.update == "backward" else tx)
     state, frozen = start(m, params, tx, settings.layout, settings.trainable_dtype)
     step = make_step(loss or next_token(model), m, tx, settings.accumulate, settings.update)
