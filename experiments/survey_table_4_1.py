@@ -8,10 +8,11 @@ writes `experiments/results/survey-4-1/`: `plans.jsonl` (one line a plan; what i
 
 Published: README of Hugging Face PEFT, GPU memory on an A100 80 GB, twitter_complaints, batches of 8: T0_3B and mt0-xxl
 read 256 tokens and write up to 64, bloomz-7b1 reads 64; LoRA of rank 8, alpha 32 and dropout 0.1 on query and value, of
-BLOOM on the fused query, key and value. Llama-2-7B, which the table does not have: one row of 2,048 tokens, LoRA of rank
-8 on query and value, for cards of 24 and 8 GB. Activations are in the dtype of the weights; what trains, and Adam's
-moments, are float32, but for full fine-tuning in bfloat16, whose weights train in bfloat16 (moments float32), with the
-update within the backward pass.
+BLOOM on the fused query, key and value. Llama-2-7B, which the table does not have: one row of 2,048 tokens, LoRA of
+rank 8 on query and value, for cards of 24 and 8 GB. Activations are in the dtype of the weights (in bfloat16 over NF4);
+what trains, and Adam's moments, are float32, but for full fine-tuning in bfloat16, whose weights train in bfloat16
+(moments float32), with the update within the backward pass. T0 and mt0 train with their dropout of 0.1, with which
+attention is XLA's.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ from peftjax.methods import full, lora
 from peftjax.train import Settings
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402 - after its backend is chosen
+from matplotlib import pyplot as plt
 
 OUT = Path(__file__).parent / "results/survey-4-1"
 
@@ -112,7 +113,8 @@ WAYS = {
     "full, bfloat16, update in backward": Way("full", "bfloat16", None, BACKWARD),
     "LoRA, float32": Way("lora", "float32"),
     "LoRA, bfloat16": Way("lora", "bfloat16"),
-    "QLoRA (NF4), bfloat16": Way("lora", "bfloat16", "nf4"),
+    "LoRA, NF4": Way("lora", "bfloat16", "nf4"),
+    "QLoRA (NF4, doubly quantised)": Way("lora", "bfloat16", "nf4-double"),
 }
 # GB on the GPU, as published; None: out of memory on 80 GB. The published LoRA is in float32.
 PUBLISHED: dict[tuple[str, str], float | None] = {
@@ -242,8 +244,8 @@ def report(rows: list[dict], measured: list[dict]) -> str:
     facts = [
         "# Table 4.1: GPU memory of full fine-tuning, LoRA and QLoRA",
         "GB are 1e9 bytes. Published: Hugging Face PEFT's README (LoRA in float32). Planned: the peak of one training "
-        f"step by {by}, jax {versions}, blocks recomputed in the backward pass, cross-entropy in chunks, before anything "
-        f"ran; the context (0.5 GB or so) comes on top.{said} Measured: the allocator's peak; the GPU column says "
+        f"step by {by}, jax {versions}, blocks computed again in the backward pass, cross-entropy in chunks, before "
+        f"anything ran; the context (0.5 GB or so) comes on top.{said} Measured: the allocator's peak; the GPU column says "
         "'not run' where none was at hand.",
         "\n".join(lines),
         "\n".join(small),

@@ -3,7 +3,8 @@
 The program of the gradient is traced once and run in segments: where the gradient of one group of parameters is
 complete, the group is updated, and barriers keep the next segment from starting before. The backward pass goes from the
 last layer to the first, so about one layer's gradient lives at a time (the fused update of Lv et al. 2023,
-arXiv:2306.09782, section 3.1, which has SGD; here any optimizer that treats each group alone).
+arXiv:2306.09782, section 3.1, which has SGD; here any optimizer that treats each group alone). This holds of the
+per-layer layout: a scan gives the gradients of its stack together, so that the stack is one group and little is saved.
 """
 
 import re
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, DebugInfo, Jaxpr, JaxprEqn, Literal, Var, jaxpr_as_fun, jaxprs_in_params
 
 from .methods.base import path_key
 from .tree import HOLE, Tree, flatten, map_with_path
@@ -107,12 +108,21 @@ def _check_alone(tx: optax.GradientTransformationExtraArgs, params: Tree) -> Non
 
 
 def _sources(jaxpr: Jaxpr, inputs: Sequence[set[str]]) -> list[set[str]]:
-    """The labels of the inputs that each output may depend on; an inner program's outputs depend on all its inputs."""
+    """The labels of the inputs that each output may depend on.
+
+    Looked into are functions under `jit`; of other inner programs each output counts as depending on all inputs.
+    """
     labels = dict(zip(jaxpr.invars, inputs, strict=True))
+
+    def of(atoms):
+        return [set() if isinstance(v, Literal) else labels.get(v, set()) for v in atoms]
+
     for eqn in jaxpr.eqns:
-        found = set().union(*(labels.get(v, set()) for v in _variables(eqn.invars)))
-        labels.update(dict.fromkeys(eqn.outvars, found))
-    return [set() if isinstance(v, Literal) else labels.get(v, set()) for v in jaxpr.outvars]
+        given = of(eqn.invars)
+        inner = list(jaxprs_in_params(eqn.params)) if eqn.primitive.name in ("jit", "pjit") else []
+        found = _sources(inner[0], given) if inner else [set().union(*given)] * len(eqn.outvars)
+        labels.update(zip(eqn.outvars, found, strict=True))
+    return of(jaxpr.outvars)
 
 
 def update_in_backward(

@@ -78,8 +78,8 @@ class Training:
       eval_every: steps between evaluations; default: once an epoch.
       save_every: steps between the training states that a killed run resumes from.
       layout: a loop over the layers (fast), or a scan (compiles fast).
-      update: of all parameters at the end, or of each layer inside the backward pass, which never holds the gradients
-        of all layers at once: to train everything in less memory; it needs --clip 0 and the layout "loop".
+      update: of all parameters at the end, or of each layer inside the backward pass, which then never holds the
+        gradients of all layers at once (a scan does): to train everything in less memory; it needs --clip 0.
       trainable_dtype: of what trains; bfloat16 halves its memory and rounds updates at random (moments stay float32).
     """
 

@@ -174,7 +174,8 @@ def keep_to_cpu() -> None:
     It would end up there anyway, but with the wheels of `plan` or `tpu` only after their plugins have failed, aloud,
     and then they cannot plan any more.
     """
-    if sys.platform == "linux" and not jax.config.jax_platforms and not any(map(os.path.exists, _FILES)):
+    chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] - made when it runs
+    if sys.platform == "linux" and not chosen and not any(map(os.path.exists, _FILES)):
         jax.config.update("jax_platforms", "cpu")
 
 
