@@ -245,8 +245,8 @@ def report(rows: list[dict], measured: list[dict]) -> str:
         "# Table 4.1: GPU memory of full fine-tuning, LoRA and QLoRA",
         "GB are 1e9 bytes. Published: Hugging Face PEFT's README (LoRA in float32). Planned: the peak of one training "
         f"step by {by}, jax {versions}, blocks computed again in the backward pass, cross-entropy in chunks, before "
-        f"anything ran; the context (0.5 GB or so) comes on top.{said} Measured: the allocator's peak; the GPU column says "
-        "'not run' where none was at hand.",
+        f"anything ran; the context (0.5 GB or so) comes on top.{said} Measured: the allocator's peak; the GPU column "
+        "says 'not run' where none was at hand.",
         "\n".join(lines),
         "\n".join(small),
         "![memory](memory.png)",
