@@ -95,14 +95,8 @@ def methods() -> None:
             cells = [f"`{name}`", *gb(record, *memory.COLUMNS), "yes" if record["fits"] else "no"]
             rows.append([*cells, *costs(record)])
     header = ["method", *memory.COLUMNS, "fits", "TFLOP", "GB moved", "ms, at best"]
-    write(
-        "methods",
-        "Every method: Llama-2-7B, scanned, blocks computed again, 4 x 2,048 tokens, on an H200",
-        header,
-        rows,
-        refused,
-        file,
-    )
+    title = "Every method: Llama-2-7B, scanned, blocks computed again, 4 x 2,048 tokens, on an H200"
+    write("methods", title, header, rows, refused, file)
 
 
 def costs(record: dict) -> list[str]:
