@@ -93,7 +93,7 @@ _ADA = Chip((8, 9), 128, 128, 1536, (102400, 101376), 75497472, 2.52)
 
 # Memory as the driver reports it, which is less than the name promises.
 DEVICES: dict[str, Device] = {
-    "h200": _gpu("NVIDIA H200", 151397597184, 4800, 989.4, 494.7, _HOPPER),
+    "h200": _gpu("NVIDIA H200", 150100000000, 4800, 989.4, 494.7, _HOPPER),
     "h100": _gpu("NVIDIA H100 SXM 80 GB", 84942979072, 3352, 989.4, 494.7, _HOPPER),
     "a100-80g": _gpu("NVIDIA A100 SXM 80 GB", 85100068864, 2039, 312, 156, _AMPERE),
     "a100-40g": _gpu("NVIDIA A100 SXM 40 GB", 42331013120, 1555, 312, 156, _AMPERE),

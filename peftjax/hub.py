@@ -195,9 +195,7 @@ def load(
     """
     folder = find_folder(name, revision)
     hf_config = _read_hf_config(folder)
-    if codes := bnb.take_way(folder, hf_config):
-        if quantize not in (None, codes):
-            raise ValueError(f"{folder} is quantised already, as {codes}; leave quantize={quantize!r} out")
+    if _codes(folder, hf_config, quantize):
         quantize = None
     named = [str(hf_config.id2label[i]) for i in sorted(hf_config.id2label)]
     if labels is not None:
@@ -306,13 +304,22 @@ def describe(
     """
     where = Path(name) if Path(name).is_file() else find_folder(name, revision, ("config.json",))
     hf_config = _read_hf_config(where)
-    quantize = bnb.take_way(where, hf_config) or quantize
+    quantize = _codes(where, hf_config, quantize) or quantize
     choices = {"dtype": dtype, "param_dtype": param_dtype, "quantize": quantize, "remat": remat}
     return from_config(hf_config, task, labels=labels, seed=None, **choices)
 
 
+def _codes(where: Path, hf_config: Any, quantize: str | None) -> str | None:
+    """How the files are quantised, taken out of the config; another way that was asked for raises."""
+    codes = bnb.take_way(where, hf_config)
+    if codes and quantize not in (None, codes):
+        raise ValueError(f"{where} is quantised already, as {codes}; leave quantize={quantize!r} out")
+    return codes
+
+
 # What of a hub's repository is read; no pickle, no code.
-FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
+WORDS = ("*.json", "*.model", "*.txt", "*.jinja")
+FILES = (*WORDS, "*.safetensors")
 
 
 def find_folder(name: str | Path, revision: str | None = None, files: tuple[str, ...] = FILES) -> Path:
@@ -343,7 +350,7 @@ def load_tokenizer(name: str | Path, revision: str | None = None) -> Any:
     """The tokenizer of a folder or hub name, by transformers; remote code is refused."""
     import transformers
 
-    folder = find_folder(name, revision)
+    folder = find_folder(name, revision, WORDS)
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as e:  # transformers raises OSError, ValueError and others for a folder without one

@@ -21,7 +21,7 @@ from rich.table import Table
 from .backward import groups
 from .counting import bound, flops, traffic
 from .devices import GB, Device, Target, compiler_of, find, target
-from .hub import TASKS, Model, describe, load_tokenizer
+from .hub import TASKS, Model, describe
 from .methods import Method
 from .problem import loss_of
 from .run import entries_for
@@ -379,7 +379,7 @@ def variants(case: Case) -> Iterator[tuple[str, Case]]:
     s = case.settings
     if case.options.get("remat", "none") != "block":
         yield step("--remat block", {"remat": "block"}, {})
-    if s.accumulate < s.batch_size:
+    if s.accumulate < s.batch_size and s.update == "whole":
         yield step(f"--accumulate {s.batch_size}", {}, {"accumulate": s.batch_size})
     half = jnp.dtype(jnp.bfloat16)
     if any(jnp.dtype(case.options.get(name, jnp.float32)) != half for name in ("dtype", "param_dtype")):
@@ -444,19 +444,24 @@ def survey(
       options: `dtype`, `param_dtype`, `quantize`, `remat`.
 
     Raises:
-      ValueError: an unknown device (with the list), a compiler that is not installed (with the extra), a text longer
-        than the model takes, a method that does not fit the model.
+      ValueError: an unknown device (with the list), a compiler that is not installed (with the extra), a length or a
+        number of labels that the model does not take, a method that does not fit the model.
     """
     if compiler not in ("auto", "device", "cpu"):
         raise ValueError(f"there is no compiler {compiler!r}; there are auto, device and cpu")
+    for name, value in {"--seq": length, "--target": target_length, "--labels": labels}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
     found = {name: find(name) for name in names}
     shapes = functools.cache(functools.partial(_described, model_name, purpose, labels))
     model = shapes(**options)
     kind = _kind(model, labels)
-    if length > model.max_length or (target_length or 0) > model.max_length:
-        longest = max(length, target_length or 0)
+    if target_length is not None and (kind != "generation" or model.family.start_id is None):
+        raise ValueError("--target is of what a decoder beside an encoder writes, and this model has none; write --seq")
+    longest = max(length, target_length or 0)
+    if longest > model.max_length:
         raise ValueError(f"texts of {longest} tokens: this model takes {model.max_length}; write a smaller --seq")
-    chosen = entries_for(methods, model, lambda: load_tokenizer(model_name))
+    chosen = entries_for(methods, model, lambda: _no_words)
     for entry, (name, device), layout in itertools.product(chosen, found.items(), layouts):
         estimate = compiler == "cpu" or (compiler == "auto" and not compiler_of(device))
 
@@ -475,6 +480,11 @@ def survey(
             say(f"{entry.name} is left out: {e}")  # nobody asked for it by name
         else:
             yield Row(name, entry.name, layout, rows, best, entry.note)
+
+
+def _no_words(text: str, **_: Any) -> dict[str, list[int]]:
+    """In place of a tokenizer, which a config file has not: what a prompt starts from changes no shape."""
+    return {"input_ids": []}
 
 
 def _described(name: str, purpose: str | None, labels: int, **options: Any) -> Model:

@@ -157,6 +157,15 @@ def test_variants_change_what_they_say():
     assert last.options["dtype"] == jnp.bfloat16
 
 
+def test_advice_for_an_update_within_the_backward_pass(cpu):
+    """It takes no accumulation; the others are tried."""
+    settings = Settings(batch_size=4, update="backward", clip=None)
+    case = case_of(method=full(), settings=settings)
+    assert not any("--accumulate" in flags for flags, _ in variants(case))
+    with pytest.raises(DoesNotFit, match="full needs"):
+        check(case, cpu._replace(memory=1000), "full")
+
+
 def test_a_run_is_refused_before_its_weights_are_read(tmp_path, monkeypatch, call):
     """The folder has no weights, and nobody notices."""
     tiny.folder(tmp_path / "llama", "llama")
@@ -222,15 +231,52 @@ def test_the_largest_batch_by_the_command(call, monkeypatch):
         (("--device", "cpu", "--seq", 4096), "texts of 4096 tokens: this model takes 256; write a smaller --seq"),
         (("--device", "cpu", "--method", "lora(rank=0)"), "rank"),
         (("--device", "cpu", "--batch", 0), "batch_size must be at least 1"),
+        (("--device", "cpu", "--seq", -5), "--seq must be at least 1; got -5"),
+        (("--device", "cpu", "--labels", 0), "--labels must be at least 1; got 0"),
+        (("--device", "cpu", "--target", 8), "--target is of what a decoder beside an encoder writes"),
         (("--device", "cpu", "--model", "no/such/folder"), "no/such/folder is no folder"),
     ],
-    ids=["device", "length", "method", "batch", "model"],
+    ids=["device", "length", "method", "batch", "seq", "labels", "target", "model"],
 )
 def test_bad_input(call, arguments, said):
     status, _, error = call("memory", *arguments)
     assert status == 1
     assert len(error.splitlines()) == 1
     assert re.search(said, error)
+
+
+def test_a_config_file_alone_is_enough_for_prompts(call, tmp_path):
+    """There is no tokenizer beside it; the text that a prompt starts from changes no size."""
+    file = tiny.folder(tmp_path / "llama", "llama") / "config.json"
+    (only := tmp_path / "only.json").write_text(file.read_text())
+    run = ("--model", only, "--device", "cpu", "--seq", 8, "--batch", 1, "--method", "prompt(length=2, text='a word')")
+    status, out, error = call("memory", *run, "--json")
+    assert status == 0, error
+    assert json.loads(out)["trainable"] == 4 * 2 * tiny.config("llama").hidden_size
+
+
+def test_a_tokenizer_needs_no_weights(monkeypatch):
+    """Of a hub's repository: what cannot fit is refused before its weights are downloaded."""
+    asked = []
+
+    def snapshot_download(name, *, allow_patterns, **kwargs):
+        asked.extend(allow_patterns)
+        return str(hub.find_folder("tiny-books"))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    hub.load_tokenizer("some/model")
+    hub.describe("some/model")
+    assert "*.json" in asked
+    assert "*.safetensors" not in asked
+
+
+def test_codes_are_not_quantised_again(tmp_path):
+    config = tiny.config("llama").to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    coded = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    (file := tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": coded}))
+    assert nbytes(hub.describe(file).params) == nbytes(hub.describe(file, quantize="nf4").params)
+    with pytest.raises(ValueError, match="quantised already, as nf4; leave quantize='int8' out"):
+        hub.describe(file, quantize="int8")
 
 
 @pytest.mark.parametrize(("name", "extra"), [("h200", "plan"), ("v5e", "tpu")])
