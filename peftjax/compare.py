@@ -450,11 +450,12 @@ def set_up(
 
     def before(problem: Problem, describe: Callable[..., Model]) -> None:
         batch, here = problem.largest_batch(settings.batch_size), devices.present()
+        how = dataclasses.replace(settings, steps=_steps(problem, settings))  # a method's schedule has to fit into them
         facts = {k: options[k] for k in ("dtype", "param_dtype", "quantize", "remat") if k in options}
 
         def fits(entry: Entry) -> None:
             made = (lambda _: entry.method, lambda _: batch)
-            memory.check(memory.Case(describe, *made, problem.task.kind, settings, facts), here, entry.name)
+            memory.check(memory.Case(describe, *made, problem.task.kind, how, facts), here, entry.name)
 
         keep([*chosen], fits)
         if not chosen:
@@ -475,12 +476,16 @@ def _try(entry: Entry, model: Model, layout: str) -> Any:
 
 def _check_plans(problem: Problem, chosen: list[Entry], settings: Settings) -> None:
     """Tells every method how long it would train, so that what does not fit is said before anything is trained."""
-    total = settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size)
+    total = _steps(problem, settings)
     for entry in chosen:
         m = entry.method.planned(total)
         if settings.update == "backward":  # not every optimizer can
             tx = make_optimizer(settings, total, m)
             jax.eval_shape(lambda p, m=m, tx=tx: start(m, _adapted(m, p, problem.model), tx)[0], problem.model.params)
+
+
+def _steps(problem: Problem, settings: Settings) -> int:
+    return settings.steps or settings.epochs * problem.steps_per_epoch(settings.batch_size)
 
 
 def _adapted(m: Any, params: Any, model: Model) -> Any:

@@ -119,6 +119,7 @@ def check_writable(folder: str | Path) -> Path:
 
 # Settings that a configuration names only where they are not these: results of before they existed stay valid.
 SILENT = {"update": "whole", "trainable_dtype": "float32"}
+REMAT = {"none": False, "block": True}  # likewise: a configuration has it as it was before there were names
 
 
 def configuration(problem: Problem, method: Method | None, settings: Settings | None) -> dict:
@@ -133,7 +134,7 @@ def configuration(problem: Problem, method: Method | None, settings: Settings | 
         "settings": settings_,
         "dtype": jax.numpy.dtype(problem.model.module.dtype).name,
         "param_dtype": str(next(iter(flatten(problem.model.params, is_leaf=is_node).values())).dtype),
-        "remat": problem.model.module.remat,
+        "remat": REMAT.get(problem.model.module.remat, problem.model.module.remat),
         "buckets": problem.buckets,
         "max_new_tokens": problem.max_new_tokens,
     }

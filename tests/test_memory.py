@@ -334,3 +334,13 @@ def test_set_up_refuses_too(problem, tmp_path, monkeypatch):
     monkeypatch.setattr(devices, "host_memory", lambda: 1000)
     with pytest.raises(DoesNotFit, match="bitfit needs"):
         set_up("tiny-books", "places", None, "bitfit", Settings(batch_size=2), train_limit=4, eval_limit=2)
+
+
+def test_a_method_s_schedule_is_that_of_the_run():
+    """Not that of as many steps as a plan takes where nobody says."""
+    method = f"adalora(target_rank=1, init_rank=2, total={memory.STEPS + 1})"
+    few = {"train_limit": 4, "eval_limit": 2}
+    (entry,) = set_up("tiny-books", "places", None, method, Settings(batch_size=2, epochs=memory.STEPS), **few)[1]
+    assert entry.name == method
+    with pytest.raises(ValueError, match=r"total=1001, but the run has \d\d? steps"):
+        set_up("tiny-books", "places", None, method, Settings(batch_size=2, epochs=3), **few)

@@ -64,6 +64,8 @@ class Decoder(nn.Module):
           continued: the tokens continue a text whose beginning, virtual tokens included, is in the cache.
           segment_ids: (batch, length) of packed texts: 1, 2, ... by text and 0 at padding; a token looks at its own
             text only. Give the positions too, from 0 for each text.
+          hidden: (batch, length, width), the last hidden states, instead of ids: a language model's head runs alone.
+          hidden_only: leave the head out.
 
         Raises:
           ValueError: token types; or more tokens, virtual ones included, than learned positions.
