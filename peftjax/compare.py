@@ -455,7 +455,7 @@ def set_up(
 
         def fits(entry: Entry) -> None:
             made = (lambda _: entry.method, lambda _: batch)
-            memory.check(memory.Case(describe, *made, problem.task.kind, how, facts), here, entry.name)
+            memory.check(memory.Case(describe, *made, problem.task.kind, how, facts), here, entry.name, by_name)
 
         keep([*chosen], fits)
         if not chosen:

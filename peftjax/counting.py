@@ -141,16 +141,17 @@ _RUNNING = _words("cumlogsumexp cummax cummin cumprod cumsum")
 _SCATTERS = _words("scatter-add scatter-max scatter-min scatter-mul scatter-sub")
 
 
-def flops(jaxpr: ClosedJaxpr) -> Flops:
+def flops(jaxpr: ClosedJaxpr, platform: str | None = None) -> Flops:
     """FLOPs of one run of a program, from `jax.make_jaxpr(f)(*abstract)` or `jitted.trace(*abstract).jaxpr`.
 
-    Counted as by XLA, so that the two agree where XLA sees all: a matrix product is 2 multiply-adds for each element
-    of its result and contracted index; an elementwise operation one an element of its result, of integers, booleans
-    and conversions too; a reduction its input's elements less its output's; a scatter that adds, its updates' elements.
-    A scan counts by its length, a shard_map by its devices, of the branches of a `cond` the one with the largest sum
-    of all operations, and the body of a `while` once, its number of passes being unknown. Equations whose results
-    nothing uses do not count. cuDNN's attention counts its two products, backward five (Dao et al. 2022,
-    arXiv:2205.14135, algorithms 1 and 4). Random bits, sorts, decompositions and custom kernels count nothing.
+    Counted as by XLA, so that the two agree where XLA sees all: a matrix product is 2 multiply-adds for each
+    element of its result and contracted index; an elementwise operation one an element of its result, of integers,
+    booleans and conversions too; a reduction its input's elements less its output's; a scatter that adds, its
+    updates' elements. A scan counts by its length, a shard_map by its devices, of the branches of a `cond` the one
+    with the largest sum of all operations (of `jax.lax.platform_dependent`, that of the platform, if it is given),
+    and the body of a `while` once, its number of passes being unknown. Equations whose results nothing uses do not
+    count. cuDNN's attention counts its two products, backward five (Dao et al. 2022, arXiv:2205.14135, algorithms 1
+    and 4). Random bits, sorts, decompositions and custom kernels count nothing.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
@@ -159,20 +160,22 @@ def flops(jaxpr: ClosedJaxpr) -> Flops:
     >>> flops(jax.make_jaxpr(lambda x: jax.lax.fori_loop(0, 10, lambda i, y: x @ y, x))(x)).products
     10240
     """
-    return _flops(_needed(jaxpr))
+    return _flops(_needed(jaxpr), platform)
 
 
-def _flops(program: _Program) -> Flops:
-    return _sum(_equation_flops(e) for e in program.equations)
+def _flops(program: _Program, platform: str | None) -> Flops:
+    return _sum(_equation_flops(e, platform) for e in program.equations)
 
 
 def _sum(counts: Iterable[Flops]) -> Flops:
     return Flops(*(sum(c) for c in zip(Flops(0, 0, 0), *counts, strict=True)))
 
 
-def _equation_flops(e: _Equation) -> Flops:
+def _equation_flops(e: _Equation, platform: str | None) -> Flops:
     name, params = e.eqn.primitive.name, e.eqn.params
-    inner = [_flops(p) for p in e.inner]
+    inner = [_flops(p, platform) for p in e.inner]
+    if name == "cond" and platform is not None and (lowered := params.get("branches_platforms")):
+        return next(c for c, names in zip(inner, lowered, strict=True) if names is None or platform in names)
     if name == "cond":
         return max(inner, key=lambda c: c.total + c.transcendentals)
     if name == "scan":

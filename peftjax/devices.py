@@ -153,8 +153,11 @@ def same(title: str, kind: str) -> bool:
 
 
 def host_memory() -> int:
-    """Bytes of memory that this process may have: the machine's, or its control group's limit if that is less."""
-    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    """Bytes of memory that this process may have: the machine's, or its control group's limit if that is less.
+
+    Where the system does not say (Windows), no limit is known.
+    """
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")] if hasattr(os, "sysconf") else [sys.maxsize]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
             with open(file) as f:
@@ -164,8 +167,8 @@ def host_memory() -> int:
     return min(found)
 
 
-# What a machine with an accelerator has in its file system: NVIDIA's, one within WSL, AMD's, and TPUs'.
-_FILES = ("/dev/nvidiactl", "/dev/dxg", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
+# What a machine with an accelerator has in its file system: NVIDIA's, Jetson's, WSL's, AMD's, TPUs'.
+_FILES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvmap", "/dev/dxg", "/dev/kfd", "/dev/accel0", "/dev/vfio/0")
 
 
 def keep_to_cpu() -> None:

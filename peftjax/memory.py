@@ -235,7 +235,7 @@ def plan(case: Case, device: Device, *, estimate: bool = False) -> Plan:
         optimizer=step.optimizer,
         activations=peak - gradients - step.frozen - step.trainable - step.optimizer,
         peak=peak,
-        flops=float(flops(traced.jaxpr).total),
+        flops=float(flops(traced.jaxpr, device.platform).total),
         traffic=moved,
         compile_seconds=time.perf_counter() - began,
         dtype=step.dtype,
@@ -314,7 +314,7 @@ class DoesNotFit(ValueError):
     """A training step needs more memory than the device has; the message says what would make it fit."""
 
 
-def check(case: Case, device: Device, name: str) -> None:
+def check(case: Case, device: Device, name: str, advise: bool = True) -> None:
     """Raises where a step cannot run on the device. Nothing is loaded, and little compiled.
 
     What is held from step to step is a lower bound, and with every intermediate result alive (`counting.bound`) an
@@ -322,6 +322,7 @@ def check(case: Case, device: Device, name: str) -> None:
 
     Args:
       name: of the method, for the message.
+      advise: also look for what would make it fit, which may compile a few steps.
 
     Raises:
       DoesNotFit: with the sizes, and with what would make it fit.
@@ -339,11 +340,16 @@ def check(case: Case, device: Device, name: str) -> None:
         if found.fits:
             return
         needs, what = found.peak, "at its peak"
+    parts = {"frozen": step.frozen, "trainable": step.trainable, "optimizer": step.optimizer}
     raise DoesNotFit(
-        f"{name} needs {needs / GB:.2f} GB {what}, and {device.title} has {device.room / GB:.2f} GB for it (frozen "
-        f"{step.frozen / GB:.2f}, trainable {step.trainable / GB:.2f}, optimizer {step.optimizer / GB:.2f}); "
-        + _advice(case, device)
+        f"{name} needs {_size(needs)} {what}, and {device.title} has {_size(device.room)} for it "
+        f"({', '.join(f'{part} {_size(n)}' for part, n in parts.items())})"
+        + (f"; {_advice(case, device)}" if advise else "")
     )
+
+
+def _size(n: int) -> str:
+    return f"{n / GB:.2f} GB" if n >= GB / 10 else f"{n / 10**6:.3g} MB"
 
 
 def _advice(case: Case, device: Device) -> str:
@@ -357,36 +363,44 @@ def _advice(case: Case, device: Device) -> str:
         except ValueError:  # a way that this method, or this model, does not take
             continue
         if found.fits:
-            return f"it would fit with {flags} ({found.peak / GB:.2f} GB)"
+            return f"it would fit with {flags} ({_size(found.peak)})"
         tried.append(flags)
     return f"it would not fit even with {tried[-1]}; choose a smaller model" if tried else "choose a smaller model"
 
 
 def variants(case: Case) -> Iterator[tuple[str, Case]]:
-    """Ways to need less memory, each with those before it: the flags of the command line, and the case.
+    """Ways to need less memory, each beside those before it: the flags of the command line, and the case.
 
-    From what changes no number, over what rounds, to what fixes the base.
+    From what changes no number, over what rounds, to what fixes the base; the scanned layout and the update inside the
+    backward pass are tried by the way.
     """
     flags: list[str] = []
 
-    def step(flag: str, of_model: dict[str, Any], of_training: dict[str, Any]) -> tuple[str, Case]:
-        nonlocal case
-        flags.append(flag)
+    def changed(of_model: Mapping[str, Any], **of_training: Any) -> Case:
         settings = dataclasses.replace(case.settings, **of_training)
-        case = case._replace(options={**case.options, **of_model}, settings=settings)
-        return " ".join(flags), case
+        return case._replace(options={**case.options, **of_model}, settings=settings)
 
     s = case.settings
     if case.options.get("remat", "none") != "block":
-        yield step("--remat block", {"remat": "block"}, {})
+        flags, case = [*flags, "--remat block"], changed({"remat": "block"})
+        yield " ".join(flags), case
+    if s.layout == "loop":
+        yield " ".join([*flags, "--layout scan"]), changed({}, layout="scan")
     if s.accumulate < s.batch_size and s.update == "whole":
-        yield step(f"--accumulate {s.batch_size}", {}, {"accumulate": s.batch_size})
+        flags, case = [*flags, f"--accumulate {s.batch_size}"], changed({}, accumulate=s.batch_size)
+        yield " ".join(flags), case
     half = jnp.dtype(jnp.bfloat16)
     if any(jnp.dtype(case.options.get(name, jnp.float32)) != half for name in ("dtype", "param_dtype")):
-        both: dict[str, Any] = dict.fromkeys(("dtype", "param_dtype"), half)
-        yield step("--dtype bfloat16 --param-dtype bfloat16", both, {})
+        flags = [*flags, "--dtype bfloat16 --param-dtype bfloat16"]
+        case = changed(dict.fromkeys(("dtype", "param_dtype"), half))
+        yield " ".join(flags), case
+    if s.update == "whole":
+        inside = "--update backward --clip 0 --trainable-dtype bfloat16"
+        kept = [flag for flag in flags if "accumulate" not in flag]
+        how: dict[str, Any] = {"update": "backward", "clip": None, "trainable_dtype": "bfloat16", "accumulate": 1}
+        yield " ".join([*kept, inside]), changed({}, **how)
     if case.options.get("quantize") is None:
-        yield step("--quantize nf4", {"quantize": "nf4"}, {})
+        yield " ".join([*flags, "--quantize nf4"]), changed({"quantize": "nf4"})
 
 
 class Row(NamedTuple):

@@ -320,3 +320,16 @@ def test_sizes_of_types():
     }
     assert {shape: counting._shape_bytes(shape) for shape in sizes} == sizes
     assert np.isclose(counting._shape_bytes("f32[<=8,2]{1,0:T(8,128)S(1)}"), 64)
+
+
+def test_a_branch_for_a_platform():
+    """Of what is lowered by platform, the platform's own; else the dearest."""
+
+    def f(x):
+        return jax.lax.platform_dependent(x, cuda=lambda x: x @ x @ x, tpu=lambda x: x, default=lambda x: x @ x)
+
+    x = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    for g in (f, jax.checkpoint(f), lambda x: jax.lax.fori_loop(0, 1, lambda i, y: f(y), x)):
+        jaxpr = jax.make_jaxpr(g)(x)
+        counts = [counting.flops(jaxpr, name).products for name in (None, "cuda", "cpu", "tpu")]
+        assert counts == [2048, 2048, 1024, 0]
