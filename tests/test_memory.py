@@ -345,3 +345,21 @@ def test_a_method_s_schedule_is_that_of_the_run():
     assert entry.name == method
     with pytest.raises(ValueError, match=r"total=1001, but the run has \d\d? steps"):
         set_up("tiny-books", "places", None, method, Settings(batch_size=2, epochs=3), **few)
+
+
+def test_measuring_runs_the_step(monkeypatch):
+    """On a device that counts what it allocates; a CPU does not."""
+    with pytest.raises(ValueError, match="this machine computes on a CPU; plan it instead"):
+        memory.measure(case_of())
+
+    class Counting:
+        def memory_stats(self):
+            return {"peak_bytes_in_use": 12345}
+
+    ran = []
+    step = memory.lay_out(case_of())
+    monkeypatch.setattr(memory, "lay_out", lambda case: step._replace(call=lambda *xs: ran.append(step.call(*xs))))
+    monkeypatch.setattr(jax, "local_devices", lambda: [Counting()])
+    assert memory.measure(case_of()) == 12345
+    ((_, metrics),) = ran
+    assert metrics["loss"].shape == ()
