@@ -63,7 +63,7 @@ class Base(NamedTuple):
 
 def t5(width: int, ff: int, heads: int, words: int, kind: type = transformers.T5Config) -> Any:
     """T5 1.1 and mT5: 24 and 24 layers, heads of 64, a gated MLP, a head of its own."""
-    return kind(
+    config = kind(
         vocab_size=words,
         d_model=width,
         d_kv=64,
@@ -74,6 +74,8 @@ def t5(width: int, ff: int, heads: int, words: int, kind: type = transformers.T5
         feed_forward_proj="gated-gelu",
         tie_word_embeddings=False,
     )
+    config.tie_word_embeddings = False  # transformers 5 ties whatever it is told, until it has seen the weights
+    return config
 
 
 def bloomz() -> Any:

@@ -305,6 +305,9 @@ def describe(
     where = Path(name) if Path(name).is_file() else find_folder(name, revision, ("config.json",))
     hf_config = _read_hf_config(where)
     quantize = _codes(where, hf_config, quantize) or quantize
+    if FAMILIES[hf_config.model_type].unties:  # transformers 5 ties these whatever the file says; `load` sees the head
+        file = where if where.is_file() else where / "config.json"
+        hf_config.tie_word_embeddings = json.loads(file.read_text()).get("tie_word_embeddings", True)
     choices = {"dtype": dtype, "param_dtype": param_dtype, "quantize": quantize, "remat": remat}
     return from_config(hf_config, task, labels=labels, seed=None, **choices)
 

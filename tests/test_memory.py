@@ -195,6 +195,19 @@ def test_describe_needs_a_config_alone(tmp_path):
         hub.describe(tmp_path)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_not_tied_is_described(tmp_path, tied):
+    """transformers 5 ties T5's head whatever config.json says."""
+    changes = {} if tied else {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}
+    config = tiny.config("t5", **changes)
+    config.tie_word_embeddings = tied
+    made = hub.from_config(config, "generation", seed=0)
+    hub.save(made, tiny.roughen(made.params), tmp_path, tiny.tokenizer())
+    model = hub.describe(tmp_path, "generation")
+    assert jax.tree.map(np.shape, model.params) == jax.tree.map(np.shape, hub.load(tmp_path, "generation").params)
+    assert ("lm_head" in model.params) is not tied
+
+
 def test_the_command_prints_the_table_and_json(call, tmp_path):
     status, out, _ = call("memory", "--method", "lora(rank=4),full", "--device", "cpu", "--seq", 32, "--batch", 2)
     assert status == 0
