@@ -135,13 +135,14 @@ def case(model: str, way: str) -> memory.Case:
     """The step of a row of the table."""
     base, how = BASES[model], WAYS[way]
     dtype = jnp.dtype(how.dtype)
+    layout = "loop" if how.settings == BACKWARD else base.layout  # in a scan all layers are one group
     adapt = full() if how.method == "full" else lora(rank=8, alpha=32, dropout=0.1, targets=list(base.lora))
     return memory.Case(
         functools.partial(hub.from_config, base.config(), "generation", seed=None),
         lambda _: adapt,
         lambda m: memory.abstract_batch(m, "generation", base.rows, base.length, base.target),
         "generation",
-        Settings(batch_size=base.rows, layout=base.layout, **dict(how.settings)),  # pyright: ignore[reportArgumentType]
+        Settings(batch_size=base.rows, layout=layout, **dict(how.settings)),  # pyright: ignore[reportArgumentType]
         {"dtype": dtype, "param_dtype": dtype, "quantize": how.quantize, "remat": "block"},
     )
 
