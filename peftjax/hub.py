@@ -267,14 +267,14 @@ def from_config(
     if labels is not None:
         _set_labels(hf_config, labels)
     model = _describe(hf_config, task, dtype, remat, type(hf_config).__name__)
-    if seed is not None:
-        model = model._replace(params=_init(model, jax.random.key(seed)))
+    params = model.params if seed is None else _init(model, jax.random.key(seed))
 
     def change(params):
         params = cast(params, param_dtype)
         return params if quantize is None else quantization.quantize(params, model.sites, quantize)
 
-    params = jax.eval_shape(change, model.params) if seed is None else change(model.params)
+    if quantize is not None or jnp.dtype(param_dtype) != jnp.float32:
+        params = jax.eval_shape(change, params) if seed is None else change(params)
     return model._replace(params=params, forced=_forced(model))
 
 

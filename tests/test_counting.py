@@ -65,7 +65,7 @@ def count(f, *shapes):
 def test_the_flops_of_a_step_are_xlas(name):
     found = counting.flops(traced(name).jaxpr)
     assert found.total == pytest.approx(traced(name).lower().cost_analysis()["flops"], rel=0.02)
-    assert found.total == pytest.approx(compiled(name, "loop", 1, False).cost_analysis()["flops"], rel=0.02)
+    assert found.total == pytest.approx(compiled(name, "loop", 1, "none").cost_analysis()["flops"], rel=0.02)
     assert 0.85 * found.total < found.products < found.total
 
 
@@ -174,10 +174,10 @@ def test_an_effect_keeps_what_it_prints():
 @pytest.mark.parametrize(
     "which",
     [
-        ("full", "loop", 1, False),
-        ("lora", "loop", 1, False),
-        ("lora", "scan", 1, False),
-        ("lora", "scan", 2, True),
+        ("full", "loop", 1, "none"),
+        ("lora", "loop", 1, "none"),
+        ("lora", "scan", 1, "none"),
+        ("lora", "scan", 2, "block"),
     ],
     ids=str,
 )
@@ -214,7 +214,7 @@ def test_the_bound_by_hand():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_traffic_of_a_step_is_xlas(name):
-    program = compiled(name, "loop", 1, False)
+    program = compiled(name, "loop", 1, "none")
     assert counting.traffic(program.as_text()) == pytest.approx(program.cost_analysis()["bytes accessed"], rel=0.02)
 
 
@@ -230,7 +230,7 @@ def test_the_body_of_a_loop_moves_its_bytes_at_each_trip():
     assert short is not None
     assert long == pytest.approx(3 * short, rel=0.05)
     assert 7 < short / (8 * 64 * 64 * 4) < 13  # a product's three arrays, a sine's two, a slice's and a result's two
-    scan, loop = (compiled("lora", layout, 1, False) for layout in ("scan", "loop"))
+    scan, loop = (compiled("lora", layout, 1, "none") for layout in ("scan", "loop"))
     moved = [counting.traffic(program.as_text()) for program in (scan, loop)]
     assert moved[0] > 1.2 * moved[1] > scan.cost_analysis()["bytes accessed"]
 
