@@ -27,7 +27,7 @@ from peftjax.train import Settings
 
 OUT = Path(__file__).parent / "results/memory"
 # Without arguments these ask for data or for what a table cannot choose.
-TEXTS: dict[str, str] = {"prompt": "prompt(length=20)"}
+TEXTS: dict[str, str] = {"prompt": "prompt(length=20)", "neftune": "lora+neftune"}
 
 
 def llama(layers: int = 32) -> Any:
@@ -49,15 +49,16 @@ def case(
     layout: str = "loop",
     remat: str = "block",
     quantize: str | None = None,
+    kind: str = "generation",
 ) -> memory.Case:
     """A step in bfloat16."""
     half = jnp.dtype(jnp.bfloat16)
-    (entry,) = entries(method, is_classifier=False, has_biases=False)
+    (entry,) = entries(method, is_classifier=kind == "classification", has_biases=False)
     return memory.Case(
-        functools.partial(hub.from_config, config, "generation", seed=None),
+        functools.partial(hub.from_config, config, kind, seed=None),
         lambda _: entry.method,
-        lambda m: memory.abstract_batch(m, "generation", rows, length),
-        "generation",
+        lambda m: memory.abstract_batch(m, kind, rows, length),
+        kind,
         Settings(batch_size=rows, layout=layout),  # pyright: ignore[reportArgumentType]
         {"dtype": half, "param_dtype": half, "quantize": quantize, "remat": remat},
     )
@@ -72,7 +73,7 @@ def planned(file: Path, key: dict[str, Any], one: memory.Case, device: str) -> d
         facts = memory.plan(one, devices.find(device)).json()
     except ValueError as e:
         facts = {"refused": str(e)}
-    record = {**key, "jax": jax.__version__, **facts}
+    record = {"jax": jax.__version__, **facts, **key}
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as f:
         f.write(json.dumps(record) + "\n")
@@ -89,10 +90,16 @@ def methods() -> None:
     file, rows, refused = OUT / "methods.jsonl", [], []
     for name in METHODS:
         key = {"method": TEXTS.get(name, name), "rows": 4, "length": 2048, "device": "h200"}
-        record = planned(file, key, case(llama(), key["method"], 4, 2048, layout="scan"), "h200")
+        kind = "classification" if name == "head" else "generation"
+        one = case(llama(), key["method"], 4, 2048, layout="scan", kind=kind)
+        record = planned(file, key, one, "h200")
         refused += [f"`{name}`: {record['refused']}"] if "refused" in record else []
         if "peak" in record:
-            cells = [f"`{name}`", *gb(record, *memory.COLUMNS), "yes" if record["fits"] else "no"]
+            cells = [
+                f"`{TEXTS.get(name, name)}`{', of a classifier' * (name == 'head')}",
+                *gb(record, *memory.COLUMNS),
+                "yes" if record["fits"] else "no",
+            ]
             rows.append([*cells, *costs(record)])
     header = ["method", *memory.COLUMNS, "fits", "TFLOP", "GB moved", "ms, at best"]
     title = "Every method: Llama-2-7B, scanned, blocks computed again, 4 x 2,048 tokens, on an H200"
