@@ -17,6 +17,7 @@ attention is XLA's, and in the scanned layout; the others in a loop over the lay
 
 import dataclasses
 import functools
+import itertools
 import json
 import subprocess
 import sys
@@ -154,11 +155,13 @@ class Options:
     Attributes:
       measure: also run each step on the GPU that is here, on zeros, in a process of its own.
       models: separated by commas; default: all.
+      plan: what is not planned yet; without it the report is written of what is there.
       one: for `--measure`'s processes: `model|way`, prints the peak in bytes.
     """
 
     measure: bool = False
     models: str = ",".join(BASES)
+    plan: bool = True
     one: str | None = None
 
 
@@ -167,37 +170,30 @@ def main(options: Options) -> None:
         print(memory.measure(case(*options.one.split("|"))))
         return
     OUT.mkdir(parents=True, exist_ok=True)
-    file = OUT / "plans.jsonl"
-    done = (
-        {(r["model"], r["way"], r["card"]): r for r in map(json.loads, file.read_text().splitlines())}
-        if file.exists()
-        else {}
-    )
-    for model in options.models.split(","):
-        for way in WAYS:
-            for card in BASES[model].cards:
-                if (model, way, card) not in done:
-                    found = plan(case(model, way), devices.find(card))
-                    done[model, way, card] = {
-                        "model": model,
-                        "way": way,
-                        "card": card,
-                        "jax": jax.__version__,
-                        **found.json(),
-                    }
-                    with file.open("a") as f:
-                        f.write(json.dumps(done[model, way, card]) + "\n")
-                    print(model, way, card, f"{found.peak / GB:.2f} GB", flush=True)
+    if options.plan:
+        _plan(options.models.split(","), OUT / "plans.jsonl")
     if options.measure:
         _measure(options, OUT / "measured.jsonl")
-    measured = (
-        [json.loads(x) for x in (OUT / "measured.jsonl").read_text().splitlines()]
-        if (OUT / "measured.jsonl").exists()
-        else []
-    )
-    rows = [r for r in done.values() if r["model"] in BASES]
-    (OUT / "report.md").write_text(report(rows, measured))
+    rows = list({(r["model"], r["way"], r["card"]): r for r in _lines(OUT / "plans.jsonl")}.values())
+    (OUT / "report.md").write_text(report(rows, _lines(OUT / "measured.jsonl")))
     draw(rows, OUT / "memory.png")
+
+
+def _lines(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def _plan(models: list[str], file: Path) -> None:
+    done = {(r["model"], r["way"], r["card"]) for r in _lines(file)}
+    for model, way in itertools.product(models, WAYS):
+        for card in BASES[model].cards:
+            if (model, way, card) in done:
+                continue
+            found = plan(case(model, way), devices.find(card))
+            key = {"model": model, "way": way, "card": card, "jax": jax.__version__}
+            with file.open("a") as f:
+                f.write(json.dumps(key | found.json()) + "\n")
+            print(model, way, card, f"{found.peak / GB:.2f} GB", flush=True)
 
 
 def plan(one: memory.Case, device: devices.Device) -> memory.Plan:
