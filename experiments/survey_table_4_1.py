@@ -290,9 +290,9 @@ def draw(rows: list[dict], file: Path) -> None:
             if (model, way) in PUBLISHED:
                 value = PUBLISHED[model, way]
                 ax.barh(i + 0.2, value or limit, 0.4, color="#bbbbbb", hatch=None if value else "//")
-                ax.text(
-                    (value or limit) + 1, i + 0.2, f"{value:g}" if value else "out of memory", va="center", fontsize=8
-                )
+                box = None if value else {"facecolor": "white", "edgecolor": "none", "pad": 1}
+                at_x, said = (value + 1, f"{value:g}") if value else (3, "out of memory")
+                ax.text(at_x, i + 0.2, said, va="center", fontsize=8, bbox=box)
         ax.axvline(limit, color="black", linewidth=1)
         ax.set_title(model)
         ax.set_yticks(range(len(WAYS)), list(reversed(WAYS)))
