@@ -356,7 +356,7 @@ def test_a_method_s_schedule_is_that_of_the_run():
     few = {"train_limit": 4, "eval_limit": 2}
     (entry,) = set_up("tiny-books", "places", None, method, Settings(batch_size=2, epochs=memory.STEPS), **few)[1]
     assert entry.name == method
-    with pytest.raises(ValueError, match=r"total=1001, but the run has \d\d? steps"):
+    with pytest.raises(ValueError, match=r"total=1000001, but the run has \d\d? steps"):
         set_up("tiny-books", "places", None, method, Settings(batch_size=2, epochs=3), **few)
 
 
