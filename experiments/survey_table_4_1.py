@@ -197,11 +197,13 @@ def _plan(models: list[str], file: Path) -> None:
 
 
 def plan(one: memory.Case, device: devices.Device) -> memory.Plan:
-    """The plan; of what the card cannot hold even between two steps, no more than that is known, and not compiled."""
+    """The plan; of what the card cannot hold without any activation, no more than that is known, and not compiled."""
     step = memory.lay_out(one)
-    if step.held <= device.memory:
+    clipped = one.settings.clip is not None  # by the norm of all gradients, so that they exist at once
+    gradients = step.trainable if clipped else 0
+    if step.held + gradients <= device.memory:
         return memory.plan(one, device)
-    parts = (step.frozen, step.trainable, 0, step.optimizer, step.batch, step.held)
+    parts = (step.frozen, step.trainable, gradients, step.optimizer, step.batch, step.held + gradients)
     return memory.Plan(device, "the sizes of the arrays", False, *parts, 0.0, None, 0.0, step.dtype)
 
 
