@@ -258,7 +258,7 @@ def report(rows: list[dict], measured: list[dict]) -> str:
         "GB are 1e9 bytes. Published: Hugging Face PEFT's README (LoRA in float32). Planned: the peak of one training "
         f"step by {by}, jax {versions}, blocks computed again in the backward pass, cross-entropy in chunks, before "
         f"anything ran; the context (0.5 GB or so) comes on top.{said} Measured: the allocator's peak; the GPU column "
-        "says 'not run' where none was at hand.",
+        "says 'not run' where none was at hand. A dash: not published, or not planned yet.",
         "\n".join(lines),
         "\n".join(small),
         "![memory](memory.png)",
