@@ -260,7 +260,7 @@ def _absent_tpu(device: Device) -> Any:
 def _topology(device: Device, platform: str, **description: str) -> Any:
     try:
         return topologies.get_topology_desc(platform=platform, **description).devices[0]
-    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as e:
+    except (jax.errors.JaxRuntimeError, RuntimeError, NotImplementedError) as e:  # jax raises each, by its version
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("jax", "jaxlib"))
         raise ValueError(
             f"the compiler for {device.title} does not start ({e}): set JAX_PLATFORMS=cpu where that device is not, "

@@ -367,14 +367,15 @@ def _advice(case: Case, device: Device) -> str:
         if found.fits:
             return f"it would fit with {flags} ({_size(found.peak)})"
         tried.append(flags)
-    return f"it would not fit even with {tried[-1]}; choose a smaller model" if tried else "choose a smaller model"
+    even = f"it would not fit even with {' or '.join(tried[-2:])}; " if tried else ""
+    return f"{even}choose a smaller model"
 
 
 def variants(case: Case) -> Iterator[tuple[str, Case]]:
     """Ways to need less memory, each beside those before it: the flags of the command line, and the case.
 
-    From what changes no number, over what rounds, to what fixes the base; the scanned layout and the update inside the
-    backward pass are tried by the way.
+    From what changes no number, over what rounds, to what fixes the base; for what trains all of it, the update inside
+    the backward pass. The scanned layout is tried by the way.
     """
     flags: list[str] = []
 
@@ -396,13 +397,13 @@ def variants(case: Case) -> Iterator[tuple[str, Case]]:
         flags = [*flags, "--dtype bfloat16 --param-dtype bfloat16"]
         case = changed(dict.fromkeys(("dtype", "param_dtype"), half))
         yield " ".join(flags), case
+    if case.options.get("quantize") is None:
+        yield " ".join([*flags, "--quantize nf4"]), changed({"quantize": "nf4"})
     if s.update == "whole":
         inside = "--update backward --clip 0 --trainable-dtype bfloat16"
         kept = [flag for flag in flags if "accumulate" not in flag]
         how: dict[str, Any] = {"update": "backward", "clip": None, "trainable_dtype": "bfloat16", "accumulate": 1}
         yield " ".join([*kept, inside]), changed({}, **how)
-    if case.options.get("quantize") is None:
-        yield " ".join([*flags, "--quantize nf4"]), changed({"quantize": "nf4"})
 
 
 class Row(NamedTuple):
@@ -505,9 +506,9 @@ def _no_words(text: str, **_: Any) -> dict[str, list[int]]:
 
 def _described(name: str, purpose: str | None, labels: int, **options: Any) -> Model:
     model = describe(name, purpose, **options)
-    return (
-        model if model.module.head != "classification" else describe(name, "classification", labels=labels, **options)
-    )
+    if model.module.head != "classification":
+        return model
+    return describe(name, "classification", labels=labels, **options)
 
 
 def _kind(model: Model, labels: int) -> str:

@@ -153,7 +153,8 @@ def test_variants_change_what_they_say():
     case = case_of(settings=Settings(batch_size=4))
     found = dict(variants(case))
     assert next(iter(found)) == "--remat block"
-    last = list(found.values())[-1]
+    *_, last, inside = found.values()
+    assert inside.settings.update == "backward"
     assert last.settings.accumulate == 4
     assert last.options["quantize"] == "nf4"
     assert last.options["dtype"] == jnp.bfloat16
