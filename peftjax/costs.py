@@ -14,7 +14,7 @@ from .hub import Model
 from .methods import Method
 from .methods.base import select
 from .problem import Problem, objective
-from .train import Settings, counted, make_optimizer, make_step, start
+from .train import Settings, make_optimizer, make_step, start
 from .tree import Tree, flatten
 from .weights import is_node
 
@@ -42,6 +42,20 @@ def analytic(model: Model, rows: int, length: int) -> float:
     n = sum(int(np.prod(leaves[p].shape)) for p in paths)
     attention = sum(s.heads[0] * s.heads[2] for s in model.sites if s.kind == "attention" and s.heads is not None)
     return float(rows * (2 * n * length + 4 * length**2 * attention))
+
+
+def counted(stage: jax.stages.Lowered | jax.stages.Compiled) -> float | None:
+    """XLA's count of a lowered or compiled function; None where the platform gives none.
+
+    Of a loop it counts the body once.
+    """
+    try:
+        found = stage.cost_analysis()
+    except (NotImplementedError, jax.errors.JaxRuntimeError):  # a platform whose compiler counts nothing
+        return None
+    found = found[0] if isinstance(found, list) and found else found
+    flops = found.get("flops", 0.0) if isinstance(found, dict) else 0.0
+    return float(flops) if flops > 0 else None
 
 
 def forward(model: Model, params: Tree, batch: dict, stage: Any = None) -> Count:

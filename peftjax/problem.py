@@ -18,9 +18,9 @@ from .loss import cross_entropy
 from .metrics import check_metrics, score
 from .models.layers import shift_right
 from .tasks import Task, get_task
+from .train import Objective
 from .tree import Tree
 
-Objective = Callable[[Tree, dict, jax.Array | None], tuple[jax.Array, jax.Array]]
 EVAL_BATCH = 64
 CHOICE_METRICS = {"accuracy", "accuracy_norm"}
 

@@ -26,7 +26,7 @@ from .rounding import apply_updates
 from .tree import Tree, cast, combine, count, distinct, map_with_path, partition
 from .weights import map_nodes
 
-Objective = Callable[[Tree, dict, jax.Array], tuple[jax.Array, jax.Array]]
+Objective = Callable[[Tree, dict, jax.Array | None], tuple[jax.Array, jax.Array]]  # the key turns dropout on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,20 +434,6 @@ def _non_finite(method, step, said, log) -> NonFinite:
         f"{names}: at step {step} {said}; the last finite values were {before or 'none'}. The last state saved "
         "before is kept; try a smaller learning rate, a longer warm-up or clipping"
     )
-
-
-def counted(stage: jax.stages.Lowered | jax.stages.Compiled) -> float | None:
-    """XLA's count of a lowered or compiled function; None where the platform gives none.
-
-    Of a loop it counts the body once.
-    """
-    try:
-        found = stage.cost_analysis()
-    except (NotImplementedError, jax.errors.JaxRuntimeError):  # a platform whose compiler counts nothing
-        return None
-    found = found[0] if isinstance(found, list) and found else found
-    flops = found.get("flops", 0.0) if isinstance(found, dict) else 0.0
-    return float(flops) if flops > 0 else None
 
 
 class _Compiled:
