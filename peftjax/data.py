@@ -512,8 +512,9 @@ def plan(
 ) -> list[Planned]:
     """The batches of one epoch in order: every example once, each batch from one bucket.
 
-    With a seed, the examples of a bucket and then the batches are shuffled by default_rng((seed, epoch));
-    without one (evaluation) both keep their order. No arrays are built: `make_batch` builds those of one.
+    With a seed, the examples of a bucket are shuffled by default_rng((seed, epoch)), and the batches by
+    default_rng(epoch), so that step by step every seed has batches of the same length (runs with several seeds train in
+    one program); without one (evaluation) both keep their order. No arrays are built: `make_batch` builds those of one.
     """
     ends = np.array(sorted(buckets))
     lengths = np.array([len(example.input_ids) for example in examples])
@@ -533,7 +534,7 @@ def plan(
         longest = max((len(examples[i].target_ids or ()) for i in index.tolist()), default=0)
         target = -(-longest // 8) * 8
         planned += [Planned(int(end), index[i : i + batch_size], target) for i in range(0, len(index), batch_size)]
-    return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]
+    return planned if rng is None else [planned[i] for i in np.random.default_rng(epoch).permutation(len(planned))]
 
 
 def pack(

@@ -7,7 +7,7 @@ stacks the layers' leaves along a new first axis under one key, `layers_*`, and 
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -49,34 +49,36 @@ def stack_layers(params: Tree) -> Tree:
     return out
 
 
-def _align(layers):
+def align(layers: Sequence[Tree]) -> Sequence[Tree]:
+    """Layers, or whole trees, whose nodes are alike: by `align` of their classes, as `stack_layers` says."""
     if all(isinstance(x, Mapping) and x.keys() == layers[0].keys() for x in layers):
-        columns = {k: _align([x[k] for x in layers]) for k in layers[0]}
+        columns = {k: align([x[k] for x in layers]) for k in layers[0]}
         return [{k: column[i] for k, column in columns.items()} for i in range(len(layers))]
     cls = next((type(x) for x in layers if is_node(x)), None)
     if cls is None or any(type(x) is not cls and (is_node(x) or isinstance(x, Mapping)) for x in layers):
         return layers
-    align = getattr(cls, "align", None)
-    layers = layers if align is None else align(layers)
+    by_class = getattr(cls, "align", None)
+    layers = layers if by_class is None else by_class(layers)
     if any(type(x) is not cls for x in layers):
         return layers
-    columns = {f: _align([getattr(x, f) for x in layers]) for f in data_fields(cls)}
+    columns = {f: align([getattr(x, f) for x in layers]) for f in data_fields(cls)}
     return [dataclasses.replace(x, **{f: c[i] for f, c in columns.items()}) for i, x in enumerate(layers)]
 
 
-def _trim(tree, like):
+def trim(tree: Tree, like: Tree) -> Tree:
+    """Undoes `align`: a tree by `trim` of its nodes' classes, `like` being the whole of which it may be a half."""
     if isinstance(tree, Mapping):
-        return {k: _trim(x, like[k]) for k, x in tree.items()}
+        return {k: trim(x, like[k]) for k, x in tree.items()}
     if not is_node(tree) or type(tree) is not type(like):
         return tree
-    inner = {f: _trim(getattr(tree, f), getattr(like, f)) for f in data_fields(tree)}
-    trim = getattr(type(tree), "trim", None)
+    inner = {f: trim(getattr(tree, f), getattr(like, f)) for f in data_fields(tree)}
+    by_class = getattr(type(tree), "trim", None)
     tree = dataclasses.replace(tree, **inner)
-    return tree if trim is None else trim(tree, like)
+    return tree if by_class is None else by_class(tree, like)
 
 
 def _stack(name, layers):
-    layers = _align(layers)
+    layers = align(layers)
     first, structure = flatten(layers[0]), jax.tree.structure(layers[0])
     for i, layer in enumerate(layers):
         here = flatten(layer)
@@ -128,7 +130,7 @@ def _unstack(params, like):
         if key.endswith("_" + STACKED):
             for i in range(layer_count(like[key])):
                 one = _slice(like[key], i)
-                out[f"{key[:-1]}{i}"] = _unstack(_trim(_slice(value, i), one), one)
+                out[f"{key[:-1]}{i}"] = _unstack(trim(_slice(value, i), one), one)
         else:
             out[key] = _unstack(value, like[key])
     return out

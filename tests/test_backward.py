@@ -13,11 +13,12 @@ import tiny
 from peftjax import chain, hub, masks, method
 from peftjax.backward import by_group, groups, unite
 from peftjax.checkpoint import load_adapter, save_adapter
+from peftjax.loop import NonFinite, fit
 from peftjax.methods import adalora, bitfit, child_tuning, full, lora, lora_plus
 from peftjax.problem import objective
 from peftjax.rounding import apply_updates, round_randomly
 from peftjax.run import configuration
-from peftjax.train import NonFinite, Settings, decays, fit, make_optimizer, make_step, start
+from peftjax.train import Settings, decays, make_optimizer, make_step, start
 from peftjax.tree import flatten, nbytes
 
 BACKWARD = Settings(learning_rate=1e-2, clip=None, schedule="constant", warmup=0, weight_decay=0.1, update="backward")

@@ -302,7 +302,7 @@ def never(monkeypatch):
     def fit(*args, **kwargs):
         raise AssertionError("trained")
 
-    monkeypatch.setattr("peftjax.run.fit", fit)
+    monkeypatch.setattr("peftjax.run.fit_together", fit)
 
 
 @pytest.fixture

@@ -15,10 +15,11 @@ from hypothesis import given, settings as examples, strategies as st
 from peftjax import devices, hub, memory
 from peftjax.compare import set_up
 from peftjax.devices import DEVICES, Device
+from peftjax.loop import fit
 from peftjax.memory import Case, DoesNotFit, Plan, abstract_batch, check, largest_batch, lay_out, plan, survey, variants
 from peftjax.methods import full, lora, parse, vera
 from peftjax.problem import objective
-from peftjax.train import Settings, fit
+from peftjax.train import Settings
 from peftjax.tree import count, nbytes
 
 HERE = Device("a small device", "cpu", 10**9)
