@@ -65,6 +65,7 @@ def test_compare(at, tmp_path, call):
     assert named == [(m, s) for m in ("head", "lora(rank=2, targets=['query'])") for s in (0, 1)]
     assert [r["trainable"] for r in rows[::2]] == [34, 34 + tiny.LAYERS * 2 * 2 * 16]
     assert rows[0]["config"]["settings"]["learning_rate"] != rows[2]["config"]["settings"]["learning_rate"]
+    assert [r["together"] for r in rows] == [2] * 4
     for row in rows:
         assert row["peak_bytes"] > row["base_bytes"] > 0
         assert row["adapter_bytes"] > 4 * row["trainable"]
@@ -94,6 +95,60 @@ def test_compare(at, tmp_path, call):
     assert more.count("already trained") == 4
     assert {p: p.stat().st_mtime_ns for p in files} == files
     assert len([p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bitfit")]) == 2
+
+
+def test_train_with_several_seeds_rates_and_ranks(at, tmp_path, call):
+    """They train in one program, and each leaves what it leaves alone."""
+    verb = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(dropout=0.1)", "--seed", 3)
+    status, out, _ = call(*verb, "--seeds", 2, "--lr", "1e-2,1e-3", "--ranks", "1,2", "--out", tmp_path / "all")
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / "all/results.jsonl").read_text().splitlines()]
+    named = [(r["method"], r["seed"]) for r in rows]
+    assert named == [
+        (f"lora(dropout=0.1), rank {rank}, lr {rate}", seed)
+        for rate in ("0.01", "0.001")
+        for rank in (1, 2)
+        for seed in (3, 4)
+    ]
+    assert [r["together"] for r in rows] == [8] * 8
+    assert len({r["trainable"] for r in rows}) == 2
+    assert (tmp_path / "all/report.md").read_text().count("±") > 8
+    assert "rank 2, lr 0.001" in out
+    alone = ("--lr", "1e-3", "--out", tmp_path / "one")
+    status, _, _ = call(*verb[:-4], "--method", "lora(rank=2, dropout=0.1)", "--seed", 3, *alone)
+    assert status == 0
+    one, (same,) = result(tmp_path / "one"), [r for r in rows if r["config"] == result(tmp_path / "one")["config"]]
+    assert (one["together"], same["seed"]) == (1, 3)
+    assert one["scores"] == pytest.approx(same["scores"], rel=1e-4)
+    (folder,) = (
+        p.parent
+        for p in (tmp_path / "all").glob("runs/*/config.json")
+        if "rank_2" in str(p) and json.loads(p.read_text()) == one["config"]
+    )
+    assert {p.name for p in folder.iterdir()} == {"adapter.safetensors", "config.json", "log.jsonl", "result.json"}
+    status, said, _ = call("evaluate", *base(at, "bert", "rte"), "--adapter", folder / "adapter.safetensors")
+    assert status == 0
+    assert f"loss {one['scores']['loss']:.3g}"[:9] in said
+    status, again, _ = call(*verb, "--seeds", 2, "--lr", "1e-2,1e-3", "--ranks", "1,2", "--out", tmp_path / "all")
+    assert status == 0
+    assert again.count("already trained") == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--method", "bitfit", "--ranks", "1,2"), "--ranks is for lora, lora_fa, lora_plus; bitfit has none of them"),
+        (("--seeds", 0), "seeds must be at least 1; got 0"),
+        (("--lr", "1e-3,fast"), "cannot read the learning rates '1e-3,fast'; write 1e-4,3e-4,1e-3"),
+        (("--lr", "1e-3,1e-3"), "the learning rates 0.001, 0.001 name one twice; write each once"),
+        (("--ranks", "1,400"), "rank 400 is larger than the matrix"),
+        (("--lanes", 2), "--lanes is for several runs in one program"),
+        (("--data-seed", -1), "data_seed must be at least 0; got -1"),
+    ],
+    ids=str,
+)
+def test_several_runs_that_cannot_be(options, said, at, tmp_path, call, never):
+    fails(call("train", *base(at, "bert", "rte"), *QUICK, *options, "--out", tmp_path), said)
 
 
 def test_without_model_and_task_it_is_the_bundled_base_on_the_built_in_task(tmp_path, call):

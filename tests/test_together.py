@@ -82,7 +82,9 @@ def check_same(together, separate):
     for a, b in zip(together, separate, strict=True):
         assert jax.tree.structure(a.params) == jax.tree.structure(b.params)
         for path, x in flatten(a.params).items():
-            np.testing.assert_allclose(x, flatten(b.params)[path], rtol=1e-5, atol=1e-5, err_msg=path)
+            y = np.asarray(flatten(b.params)[path], np.float64)
+            # Adam turns a rounding error of a gradient near 0 into one of a whole step, so not entry by entry
+            assert np.linalg.norm(x - y) <= 1e-5 * max(np.linalg.norm(y), 1e-3), path
         assert (a.trainable, a.best["step"]) == (b.trainable, b.best["step"])
         assert [r.get("step") for r in a.history] == [r.get("step") for r in b.history]
         for x, y in zip(a.history, b.history, strict=True):
