@@ -75,10 +75,10 @@ class Stretched(Weight):
 
     def dot(self, x):
         w = self.base
-        a, b = w.a.astype(x.dtype), w.b.astype(x.dtype)
+        a, b = w.a.astype(x.dtype), (w.scale * self.factor * w.b).astype(x.dtype)
         dropped = drop(x, w.key, w.dropout)
         y = dot(w.base, dropped)
-        changed = _times(self.factor, y + w.scale * by_rows(jnp.matmul, dropped @ a, b))
+        changed = _times(self.factor, y) + by_rows(jnp.matmul, dropped @ a, b)  # the sum of the two is never stored
         return changed if dropped is x else dot(w.base, x) - y + changed
 
     def take(self, ids):

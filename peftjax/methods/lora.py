@@ -51,11 +51,13 @@ class LoRA(Weight):
 
     def attend(self, x):
         y = attend(self.base, x)
-        return y if self.only == "take" else y + self.scale * by_rows(lambda h, a: attend(a, h), attend(self.b, x), self.a)
+        if self.only == "take":
+            return y
+        return y + self.scale * by_rows(lambda h, a: attend(a, h), attend(self.b, x), self.a)
 
 
 def by_rows(product: Callable, h: jax.Array, w: jax.Array) -> jax.Array:
-    """`product(h, w)` of small activations h, (..., r), and a factor w that trains, with all tokens as rows of a matrix.
+    """`product(h, w)` of narrow activations h, (..., r), and a factor w that trains, all tokens as rows of one matrix.
 
     The gradient of w sums over the tokens, and its product then reads the large gradient of the result as it lies in
     memory. With two axes of tokens XLA transposes it first, on a CPU by a copy that takes as long as the product with
