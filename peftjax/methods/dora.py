@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from ..weights import Weight, attend, dot, materialize, node, static, take
 from .base import Method
-from .lora import Factors, drop, low_rank, low_rank_arguments, low_rank_sum
+from .lora import Factors, by_rows, drop, low_rank, low_rank_arguments, low_rank_sum
 
 
 @node
@@ -75,23 +75,23 @@ class Stretched(Weight):
 
     def dot(self, x):
         w = self.base
-        a, b = w.a.astype(x.dtype), w.b.astype(x.dtype)
+        a, b = w.a.astype(x.dtype), (w.scale * self.factor * w.b).astype(x.dtype)
         dropped = drop(x, w.key, w.dropout)
         y = dot(w.base, dropped)
-        changed = _times(self.factor, y + w.scale * ((dropped @ a) @ b))
+        changed = _times(self.factor, y) + by_rows(jnp.matmul, dropped @ a, b)  # the sum of the two is never stored
         return changed if dropped is x else dot(w.base, x) - y + changed
 
     def take(self, ids):
         w = self.base
         rows = take(w.base, ids)
-        return _times(self.factor, rows + (w.scale * (w.a[ids] @ w.b)).astype(rows.dtype))
+        return _times(self.factor, rows + (w.scale * by_rows(jnp.matmul, w.a[ids], w.b)).astype(rows.dtype))
 
     def attend(self, x):
         w = self.base
         if w.only == "take":
             return attend(w.base, x)
         x = _times(self.factor, x)
-        return attend(w.base, x) + w.scale * attend(w.a, attend(w.b, x))
+        return attend(w.base, x) + w.scale * by_rows(lambda h, a: attend(a, h), attend(w.b, x), w.a)
 
 
 def _times(c: jax.Array, y: jax.Array) -> jax.Array:

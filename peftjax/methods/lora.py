@@ -43,15 +43,28 @@ class LoRA(Weight):
 
     def dot(self, x):
         a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-        return dot(self.base, x) + self.scale * ((drop(x, self.key, self.dropout) @ a) @ b)
+        return dot(self.base, x) + self.scale * by_rows(jnp.matmul, drop(x, self.key, self.dropout) @ a, b)
 
     def take(self, ids):
         rows = take(self.base, ids)
-        return rows + (self.scale * (self.a[ids] @ self.b)).astype(rows.dtype)
+        return rows + (self.scale * by_rows(jnp.matmul, self.a[ids], self.b)).astype(rows.dtype)
 
     def attend(self, x):
         y = attend(self.base, x)
-        return y if self.only == "take" else y + self.scale * attend(self.a, attend(self.b, x))
+        if self.only == "take":
+            return y
+        return y + self.scale * by_rows(lambda h, a: attend(a, h), attend(self.b, x), self.a)
+
+
+def by_rows(product: Callable, h: jax.Array, w: jax.Array) -> jax.Array:
+    """`product(h, w)` of narrow activations h, (..., r), and a factor w that trains, all tokens as rows of one matrix.
+
+    The gradient of w sums over the tokens, and its product then reads the large gradient of the result as it lies in
+    memory. With two axes of tokens XLA transposes it first, on a CPU by a copy that takes as long as the product with
+    the base's weight.
+    """
+    y = product(h.reshape(-1, h.shape[-1]), w)
+    return y.reshape(*h.shape[:-1], y.shape[-1])
 
 
 def low_rank_sum(w: Any) -> jax.Array:
