@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -27,6 +28,7 @@ from .tree import Tree, cast, combine, count, distinct, map_with_path, partition
 from .weights import map_nodes
 
 Objective = Callable[[Tree, dict, jax.Array | None], tuple[jax.Array, jax.Array]]  # the key turns dropout on
+AHEAD = 2  # steps that the device has before it when the host waits for one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -352,26 +354,25 @@ def fit(
             times.append(now - clock)
         clock = now
 
-    pending, clock = None, time.perf_counter()
+    waiting: deque[tuple] = deque()  # steps whose numbers are read while later ones run
+    clock = time.perf_counter()
     with _Interrupts() as interrupts, nullcontext() if states is None else closing(states):
         for batch in _from_step(epoch, steps_per_epoch, done, total):
             run, compiling, of_step = compiled.get(state, frozen, batch, key)
-            if pending is None and compiling:
-                clock = time.perf_counter()
+            while compiling and waiting:
+                note(waiting.popleft(), timed=False)
+            clock = time.perf_counter() if compiling else clock
             state, metrics = run(state, frozen, batch, key)
             done += 1
             flops += of_step
-            if pending is not None:  # the previous step's numbers, read while this one runs
-                note(pending, timed=not compiling)
             left = (total - done) * (float(np.median(times[-20:])) if times else 0.0)
             tokens = int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else 0
-            pending = (done, metrics, {"time_left": left, "tokens": tokens, "total": total})
+            waiting.append((done, metrics, {"time_left": left, "tokens": tokens, "total": total}))
             stop = interrupts.seen
             due = done % (settings.eval_every or steps_per_epoch) == 0 or done == total
             saving = due or stop or done % settings.save_every == 0
-            if saving:
-                note(pending, timed=True)
-                pending = None
+            while len(waiting) > (0 if saving else AHEAD):
+                note(waiting.popleft(), timed=True)
             if due and evaluate is not None:
                 scores = evaluate(resolved(state.trainable, frozen))
                 record = {"step": done, "eval": scores}
