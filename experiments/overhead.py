@@ -215,7 +215,7 @@ def pieces(case: Case) -> dict[str, float]:
         found["a line logged"] = timed(lambda: _append(file, line), 50)
         with closing(StateFolder(Path(folder) / "state")) as states:
             each = iter(range(100))
-            found["a state saved"] = timed(lambda: states.save(next(each), (state, state.trainable), {}), 5)
+            found["a state to disk"] = timed(lambda: states.save(next(each), (state, state.trainable), {}), 5)
     shown = []
     with open(os.devnull, "w") as out, watch(Console(file=out, force_terminal=True, width=120), "") as show:
         record = {"step": 1, "loss": 1.0, "tokens": 100, "time_left": 1.0, "total": 9}
@@ -276,8 +276,8 @@ def table(records: list[dict], costs: list[dict]) -> str:
             "load average is that of the machine when the case began: beside other programs' work a loop that waits "
             "for a step is woken late.",
             _markdown(header, rows),
-            "What the loop does on the host, in ms each (medians). All but saving overlaps the steps that are running, "
-            "as a step's numbers are read when the next ones are under way.",
+            "What the loop does on the host, in ms each (medians). A state is written in a thread, and all else overlaps "
+            "the steps that are running, as a step's numbers are read when the next ones are under way.",
             _markdown(["texts", "model", "method", *each], lines),
             "",
         ]
