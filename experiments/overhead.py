@@ -276,8 +276,8 @@ def table(records: list[dict], costs: list[dict]) -> str:
             "load average is that of the machine when the case began: beside other programs' work a loop that waits "
             "for a step is woken late.",
             _markdown(header, rows),
-            "What the loop does on the host, in ms each (medians). A state is written in a thread, and all else overlaps "
-            "the steps that are running, as a step's numbers are read when the next ones are under way.",
+            "What the loop does on the host, in ms each (medians). A state is written in a thread, and all else "
+            "overlaps the steps that are running, as a step's numbers are read when the next ones are under way.",
             _markdown(["texts", "model", "method", *each], lines),
             "",
         ]
