@@ -683,6 +683,36 @@ def batches(
         yield make_batch(examples, planned, batch_size, pad_id=pad_id, side=side)
 
 
+def even_batches(
+    examples: Sequence[Example],
+    most: int,
+    buckets: Sequence[int],
+    *,
+    pad_id: int,
+    side: Literal["left", "right"] = "right",
+) -> Iterator[Batch]:
+    """Every example once, in batches of at most `most` rows that are even within a bucket: few rows are filler.
+
+    Each bucket has one size, as few batches as `batches` makes of it, and so as many shapes: 20 examples are a batch of
+    24 rows and not of 64, and 70 two of 40.
+    """
+    for whole in plan(examples, max(1, len(examples)), buckets):
+        size = even_size(len(whole.index), most)
+        for i in range(0, len(whole.index), size):
+            part = whole._replace(index=whole.index[i : i + size])
+            yield make_batch(examples, part, size, pad_id=pad_id, side=side)
+
+
+def even_size(n: int, most: int, multiple: int = 8) -> int:
+    """The rows of each batch where n go into the fewest batches of at most `most`; a multiple, unless that is too many.
+
+    >>> even_size(70, 64), even_size(20, 64), even_size(64, 6)
+    (40, 24, 6)
+    """
+    rows = -(-n // -(-n // most))
+    return min(most, -(-rows // multiple) * multiple)
+
+
 def common(a: Sequence, b: Sequence) -> int:
     """How many items (characters, tokens) the two begin with alike."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -6,6 +6,7 @@ import json
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from pathlib import Path
@@ -23,6 +24,7 @@ from .together import alike, alone, member, own, share, side_batches, side_by_si
 from .train import Objective, Settings, TrainState, make_optimizer, make_step, start
 from .tree import Tree, combine, count, partition
 
+AHEAD = 2  # steps that the device has before it when the host waits for one
 MAY_DIFFER = ("seed", "data_seed", "learning_rate")  # between runs in one program
 
 
@@ -176,9 +178,9 @@ def fit_together(
             meta["seconds"] = time.perf_counter() - began
             folder.save(int(np.max(state.step)), (state, kept), meta)  # of a non-finite step: the one before
 
-    def note(pending, timed):
+    def note(of_step, timed):
         nonlocal clock
-        step, metrics, extra = pending
+        step, metrics, extra = of_step
         records = _records(step, metrics, n, failed, lambda i, said: _non_finite(method, step, said, logs[i]))
         for i, record in records.items():
             logs[i].add(record)
@@ -207,26 +209,25 @@ def fit_together(
         if records:
             report({"step": done, "eval": _mean(r["eval"] for r in records.values())})
 
-    pending, clock = None, time.perf_counter()
+    waiting: deque[tuple] = deque()  # steps whose numbers are read while later ones run
+    clock = time.perf_counter()
     with _Interrupts() as interrupts, nullcontext() if folder is None else closing(folder):
         for batch in program.batches(steps_per_epoch, done, total):
             run, compiling, of_step = program.compiled(state, batch, keys)
-            if pending is None and compiling:
-                clock = time.perf_counter()
+            while compiling and waiting:
+                note(waiting.popleft(), timed=False)
+            clock = time.perf_counter() if compiling else clock
             state, metrics = run(state, program.frozen, batch, keys)
             done += 1
             flops += of_step
-            if pending is not None:  # the previous step's numbers, read while this one runs
-                note(pending, timed=not compiling)
             left = (total - done) * (float(np.median(times[-20:])) if times else 0.0)
             tokens = int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else 0
-            pending = (done, metrics, {"time_left": left, "tokens": tokens, "total": total})
+            waiting.append((done, metrics, {"time_left": left, "tokens": tokens, "total": total}))
             stop = interrupts.seen
             due = done % (settings.eval_every or steps_per_epoch) == 0 or done == total
             saving = due or stop or done % settings.save_every == 0
-            if saving and len(failed) < n:
-                note(pending, timed=True)
-                pending = None
+            while len(waiting) > (0 if saving else AHEAD):
+                note(waiting.popleft(), timed=True)
             if due and evaluate is not None and len(failed) < n:
                 judge(evaluate)
             if len(failed) == n:

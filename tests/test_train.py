@@ -375,7 +375,7 @@ def test_an_interrupt_saves_the_state_and_says_how_to_resume(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) in (6, 7)
+    assert 6 <= len(steps) <= 9  # the steps under way are read too
     resumed = fit_toy(folder=tmp_path)
     assert losses(resumed) == losses(plain)
     assert tiny.same(resumed.params, plain.params)
