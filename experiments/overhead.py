@@ -28,10 +28,11 @@ from rich.console import Console
 from peftjax import data, hub
 from peftjax.checkpoint import StateFolder
 from peftjax.hub import Model
+from peftjax.loop import fit
 from peftjax.methods import METHODS, Method
 from peftjax.problem import loss_of
 from peftjax.progress import watch
-from peftjax.train import Settings, fit, make_optimizer, make_step, start
+from peftjax.train import Settings, make_optimizer, make_step, start
 from peftjax.tree import Tree
 
 OUT = Path(__file__).parent / "results/overhead"
