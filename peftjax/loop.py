@@ -19,7 +19,7 @@ from .checkpoint import StateFolder, write_atomically
 from .counting import flops as count_flops
 from .layout import stack_layers, unstack_layers
 from .methods import Method
-from .together import alike, alone, member, own, share, side_batches, side_by_side, stack
+from .together import alike, alone, member, once, own, share, side_batches, side_by_side, stack
 from .train import Objective, Settings, TrainState, make_optimizer, make_step, start
 from .tree import Tree, combine, count, partition
 
@@ -307,7 +307,7 @@ class _Program:
         self.counts = [count(partition(r.params, method.trainable(r.params))[0]) for r in runs]  # before any padding
         self.padded = alike([r.params for r in runs])
         txs = [make_optimizer(r.settings, total, method) for r in runs]
-        how = (settings.layout, settings.trainable_dtype)
+        how = (settings.layout, settings.trainable_dtype, once(jnp.stack))
         states, frozen = zip(*(start(method, p, tx, *how) for p, tx in zip(self.padded, txs, strict=True)), strict=True)
         self.state, (self.frozen, self.axes, self.whole) = stack(states), share(frozen)
         self.one_order = len({r.settings.order for r in runs}) == 1
@@ -317,6 +317,7 @@ class _Program:
             return inner(state, self.whole(frozen), batch, key)
 
         self._step = jax.jit(side_by_side(step, self.n, lanes, self.axes, self.one_order), donate_argnums=0)
+        self._join = once(jnp.stack)
         self._resolve = jax.jit(lambda t, f: method.resolve(combine(t, self.whole(f)), None))
         self._steps: dict[str, Any] = {}
         self.peaks: dict[str, int] = {}
@@ -332,11 +333,13 @@ class _Program:
 
     def params(self, trainable: Tree, i: int) -> Tree:
         """Run i's adapted parameters, in the run's layout."""
-        params = combine(trainable, self.whole(own(self.frozen, self.axes, i)))
-        if self.n == 1:
+        params, first = combine(trainable, self.whole(own(self.frozen, self.axes, i))), self.runs[i].params
+        if self.padded[i] is first:
             return params
-        whole = alone(unstack_layers(params), self.padded[i], self.runs[i].params)
-        return stack_layers(whole) if self.layout == "scan" else whole
+        whole = alone(unstack_layers(params), self.padded[i], first)
+        mask = self.method.trainable(first)
+        whole = combine(partition(whole, mask)[0], partition(first, mask)[1])  # the base's arrays are no copies
+        return stack_layers(whole, self._join) if self.layout == "scan" else whole
 
     def batches(self, steps_per_epoch: int, first: int, total: int) -> Iterator[dict]:
         """The batches from step `first` on: one of each run, or one for all if they share the order."""
