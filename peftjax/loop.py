@@ -160,19 +160,21 @@ def fit_together(
     if folder is not None and (newest := folder.latest()) is not None:
         (state, kept), meta = folder.restore(newest, (state, kept))
         state, kept = jax.tree.map(jnp.asarray, (state, kept))
-        state = state._replace(finite=jnp.ones_like(state.finite))  # what stopped the runs may be gone
+        state = state._replace(finite=jnp.ones_like(state.finite))  # what stopped a run may be gone
         best, times, program.peaks = meta["best"], meta["times"], meta["peaks"]
         flops, failed = meta["flops"], {int(i): NonFinite(said) for i, said in meta["failed"].items()}
         began -= meta["seconds"]
     keys = stack([jax.random.key(r.settings.seed) for r in runs])
     done = int(np.max(state.step))
+    if len(failed) == n:
+        return [failed[i] for i in range(n)]
     for log in logs:
         log.keep(done)  # also without a state: a kill may have come before the first one was saved
 
     def save():
         if folder is not None:
             meta = {"best": best, "times": times[-20:], "peaks": program.peaks, "flops": flops}
-            meta["failed"] = {str(i): str(e) for i, e in failed.items()} if len(failed) < n else {}
+            meta["failed"] = {str(i): str(e) for i, e in failed.items()} if n > 1 else {}  # one alone may try again
             meta["seconds"] = time.perf_counter() - began
             folder.save(int(np.max(state.step)), (state, kept), meta)  # of a non-finite step: the one before
 
@@ -219,7 +221,7 @@ def fit_together(
             if pending is not None:  # the previous step's numbers, read while this one runs
                 note(pending, timed=not compiling)
             left = (total - done) * (float(np.median(times[-20:])) if times else 0.0)
-            tokens = int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else 0
+            tokens = program.repeats * int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else 0
             pending = (done, metrics, {"time_left": left, "tokens": tokens, "total": total})
             stop = interrupts.seen
             due = done % (settings.eval_every or steps_per_epoch) == 0 or done == total
@@ -298,6 +300,7 @@ class _Program:
       state: of all runs, along a first axis if there are several.
       frozen: the frozen arrays, those that all runs share once.
       counts: trained scalars of each run.
+      repeats: how many runs see each batch.
       peaks: bytes of the compiled step by shape; of a resumed run, also those of before.
     """
 
@@ -311,6 +314,7 @@ class _Program:
         states, frozen = zip(*(start(method, p, tx, *how) for p, tx in zip(self.padded, txs, strict=True)), strict=True)
         self.state, (self.frozen, self.axes, self.whole) = stack(states), share(frozen)
         self.one_order = len({r.settings.order for r in runs}) == 1
+        self.repeats = self.n if self.one_order else 1
         inner = make_step(objective, method, txs[0], settings.accumulate, settings.update)
 
         def step(state, frozen, batch, key):
@@ -378,8 +382,8 @@ def _non_finite(method, step, said, log) -> NonFinite:
     before = next((r for r in reversed(log.records) if "loss" in r), None)
     names = "+".join(name for name, _ in method.spec)
     return NonFinite(
-        f"{names}: at step {step} {said}; the last finite values were {before or 'none'}. The last state saved "
-        "before is kept; try a smaller learning rate, a longer warm-up or clipping"
+        f"{names}: at step {step} {said}; the last finite values were {before or 'none'}; "
+        "try a smaller learning rate, a longer warm-up or clipping"
     )
 
 

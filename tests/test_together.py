@@ -256,6 +256,12 @@ def test_runs_that_all_diverge_stop(e2e):
     assert len(seen) < 20
 
 
+def test_runs_that_all_diverged_stay_so(e2e, tmp_path):
+    settings = [dataclasses.replace(COMMON, learning_rate=r, warmup=0.0) for r in (1e30, 1e33)]
+    found, again = (train(e2e, [full()] * 2, settings, states=tmp_path / "states") for _ in range(2))
+    assert list(map(str, again)) == list(map(str, found))
+
+
 class Killed(BaseException):
     pass
 
