@@ -98,6 +98,20 @@ def test_compare(at, tmp_path, call):
     assert len([p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bitfit")]) == 2
 
 
+def test_ranks_in_a_comparison_go_together_and_one_run_by_two_names_is_trained_once(at, tmp_path, call):
+    methods = ("--methods", "lora, head, lora(rank=2), lora(rank=8)", "--out", tmp_path)
+    assert call("compare", *base(at, "bert", "rte"), *QUICK, *methods)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["together"]) for r in rows] == [
+        ("lora", 2),
+        ("head", 1),
+        ("lora(rank=2)", 2),
+        ("lora(rank=8)", 2),
+    ]
+    assert len([*(tmp_path / "runs").iterdir()]) == 3
+    assert "of up to 2 runs in one program" in (tmp_path / "report.md").read_text()
+
+
 def test_train_with_several_seeds_rates_and_ranks(at, tmp_path, call):
     """They train in one program, and each leaves what it leaves alone."""
     verb = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(dropout=0.1)", "--seed", 3)
