@@ -8,7 +8,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ from .run import (
     Job,
     check_writable,
     configuration,
+    cut_off,
     entries_for,
     names_of,
     rate_of,
@@ -86,8 +87,9 @@ def compare(
     if methods not in (None, "all"):
         parse(methods)  # what can be wrong is found before anything costs time
     get_task(task)
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1; got {seeds}")
+    for name, value in {"seeds": seeds, "lanes": lanes}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
     out = check_writable(out)
     problem, chosen = set_up(model_name, task, source, methods, settings, **options)
     for name in rates:
@@ -103,11 +105,12 @@ def compare(
         with watch(ZERO_SHOT):
             folder = out / "runs" / f"{ZERO_SHOT}-{short_hash(configuration(problem, None, None))}"
             results.append(zero_shot(problem, folder, evaluator=evaluator))
-    jobs = [
-        _job(problem, entry, dataclasses.replace(own, seed=seed), out)
+    runs = [
+        (entry, dataclasses.replace(own, seed=seed))
         for entry, own in zip(chosen, rated, strict=True)
         for seed in range(seeds)
     ]
+    jobs = _jobs(problem, runs, out)
     found = _train_all(jobs, evaluator, lanes, watch, say)
     results += [r for r in found if not isinstance(r, NonFinite)]
     left_out = [f"{_title(j)} is left out: {e}" for j, e in zip(jobs, found, strict=True) if isinstance(e, NonFinite)]
@@ -117,37 +120,60 @@ def compare(
     return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
 
 
-def _job(problem: Problem, entry: Entry, settings: Settings, out: Path) -> Job:
-    """The run of a comparison, with its folder: the one that is there already, however it was written then."""
-    name = re.sub(r"[^a-zA-Z0-9.=+-]+", "_", entry.name).strip("_")[:80]
-    h = short_hash(configuration(problem, entry.method, settings))
-    folder = next((out / "runs").glob(f"*-seed*-{h}"), out / "runs" / f"{name}-seed{settings.seed}-{h}")
-    return Job(_with_head_of_seed(problem, settings.seed), entry, settings, folder)
+def _jobs(problem: Problem, runs: Iterable[tuple[Entry, Settings]], out: Path) -> list[Job]:
+    """The runs with their folders, one for each configuration: what is there already, however it was written then."""
+    jobs, folders = [], {}
+    for entry, settings in runs:
+        name = re.sub(r"[^a-zA-Z0-9.=+-]+", "_", entry.name).strip("_")[:80]
+        h = short_hash(configuration(problem, entry.method, settings))
+        if h not in folders:
+            new = out / "runs" / f"{name}-seed{settings.seed}-{h}"
+            folders[h] = next((out / "runs").glob(f"*-seed*-{h}"), new)
+        jobs.append(Job(_with_head_of_seed(problem, settings.seed), entry, settings, folders[h]))
+    return jobs
 
 
 def _train_all(
     jobs: Sequence[Job], evaluator: Evaluator, lanes: int | None, watch: Callable, say: Callable
 ) -> list[dict | NonFinite]:
     """Results in the order of the jobs, those in one program together."""
-    results: dict[int, dict | NonFinite] = {}
-    for i, job in enumerate(jobs):
+    found: dict[Path, dict | NonFinite] = {}
+    for job in jobs:
         if (job.folder / "result.json").is_file():
             say(f"{_title(job)}: already trained, taken from {job.folder}")
-            results[i] = run(*job, evaluator=evaluator) | {"method": job.entry.name}
-    waiting = [i for i in range(len(jobs)) if i not in results]
-    for _, group in itertools.groupby(waiting, key=lambda i: _kin(jobs[i])):
-        group = [*group]
-        size, fitting = memory.room_for(_case(jobs[group[-1]]), devices.present(), len(group))
-        for some in (group[i : i + size] for i in range(0, len(group), size)):
-            with watch(", ".join(dict.fromkeys(_title(jobs[i]) for i in some))) as note:
-                chosen = [jobs[i] for i in some]
-                found = run_together(chosen, lanes=lanes or fitting, evaluator=evaluator, report=note)
-            for i, result in zip(some, found, strict=True):
-                ended = isinstance(result, NonFinite)
-                results[i] = result if ended else result | {"method": jobs[i].entry.name}
-                if ended:
-                    say(f"{_title(jobs[i])} is left out: {result}")
-    return [results[i] for i in range(len(jobs))]
+            found[job.folder] = run(*job, evaluator=evaluator)
+    for group, fitting in _programs([*{job.folder: job for job in jobs}.values()]):
+        with watch(", ".join(map(_title, group))) as note:
+            ended = run_together(group, lanes=lanes or fitting, evaluator=evaluator, report=note)
+        for job, result in zip(group, ended, strict=True):
+            found[job.folder] = result
+            if isinstance(result, NonFinite):
+                say(f"{_title(job)} is left out: {result}")
+    results = [(job, found[job.folder]) for job in jobs]
+    return [r if isinstance(r, NonFinite) else r | {"method": job.entry.name} for job, r in results]
+
+
+def _programs(jobs: Sequence[Job]) -> Iterator[tuple[list[Job], int]]:
+    """What is to be trained in one program, and how many of it at once: what was cut off as it was, then by kin."""
+    begun = cut_off(jobs)
+    for group in begun:
+        yield group, _room(group)[1]
+    there, kin = {job.folder for group in begun for job in group}, {}
+    for job in jobs:
+        if job.folder not in there and not (job.folder / "result.json").is_file():
+            kin.setdefault(_kin(job), []).append(job)
+    for group in kin.values():
+        size, lanes = _room(group)
+        for i in range(0, len(group), size):
+            yield group[i : i + size], min(lanes, size)
+
+
+def _room(jobs: Sequence[Job]) -> tuple[int, int]:
+    """`memory.room_for` runs as large as the largest of these."""
+    if len(jobs) == 1:
+        return 1, 1
+    largest = max(jobs, key=lambda job: sum(a.get("rank", 0) for _, a in job.entry.method.spec))
+    return memory.room_for(_case(largest), devices.present(), len(jobs))
 
 
 def _case(job: Job) -> memory.Case:
@@ -244,6 +270,8 @@ def train_several(
     for name, values in {"seeds": seeds, "learning rates": rates, "ranks": ranks}.items():
         if len(set(values)) < len(values):
             raise ValueError(f"the {name} {', '.join(map(str, values))} name one twice; write each once")
+    if lanes is not None and lanes < 1:
+        raise ValueError(f"lanes must be at least 1; got {lanes}")
     out = check_writable(out)
     problem, (entry,) = set_up(model_name, task, source, method, settings, **options)
     entries = [_of_rank(entry, r) for r in ranks] or [entry]
@@ -252,11 +280,11 @@ def train_several(
     chosen = [*rates] or [rate_of(entry, {}, problem.model, model_name)]
     _check_plans(problem, entries, settings)
     _say_notes(problem, [entry], say)
-    jobs = []
+    runs = []
     for rate, one, seed in itertools.product(chosen, entries, seeds):
         named = one._replace(name=f"{one.name}, lr {rate:g}") if len(chosen) > 1 else one
-        own = dataclasses.replace(settings, learning_rate=rate, seed=seed)
-        jobs.append(_job(problem, named, own, out))
+        runs.append((named, dataclasses.replace(settings, learning_rate=rate, seed=seed)))
+    jobs = _jobs(problem, runs, out)
     found = _train_all(jobs, Evaluator(problem), lanes, watch, say)
     results = [r for r in found if not isinstance(r, NonFinite)]
     left_out = [f"{_title(j)} is left out: {e}" for j, e in zip(jobs, found, strict=True) if isinstance(e, NonFinite)]

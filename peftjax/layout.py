@@ -7,7 +7,8 @@ stacks the layers' leaves along a new first axis under one key, `layers_*`, and 
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ _LAYER = re.compile(r"(.+_)(0|[1-9]\d*)")
 STACKED = "*"
 
 
-def stack_layers(params: Tree) -> Tree:
+def stack_layers(params: Tree, join: Callable[[Sequence], Any] = jnp.stack) -> Tree:
     """Stacks every complete run of siblings `<name>_0 ... <name>_{n-1}` into `<name>_*`.
 
     Array leaves gain a first axis of n; masks (Python booleans) must agree in all layers and stay booleans.
@@ -28,6 +29,9 @@ def stack_layers(params: Tree) -> Tree:
     the layers hold at one place (its nodes, plain leaves, holes), which makes them alike; and `trim(self, like)`,
     which undoes it in `unstack_layers`, where `like` is the layer's whole node. They must do for halves of a
     partition and for masks too.
+
+    Args:
+      join: makes one array of the layers' arrays.
 
     Raises:
       ValueError: the layers differ in structure or shape (LoRA in some layers only, ranks that differ);
@@ -42,10 +46,10 @@ def stack_layers(params: Tree) -> Tree:
     for k, v in params.items():
         if (m := _LAYER.fullmatch(k)) and isinstance(v, Mapping):
             runs.setdefault(m[1], set()).add(int(m[2]))
-    out = {k: stack_layers(v) for k, v in params.items()}
+    out = {k: stack_layers(v, join) for k, v in params.items()}
     for name, indices in runs.items():
         if indices == set(range(len(indices))):
-            out[name + STACKED] = _stack(name, [out.pop(f"{name}{i}") for i in sorted(indices)])
+            out[name + STACKED] = _stack(name, [out.pop(f"{name}{i}") for i in sorted(indices)], join)
     return out
 
 
@@ -77,7 +81,7 @@ def trim(tree: Tree, like: Tree) -> Tree:
     return tree if by_class is None else by_class(tree, like)
 
 
-def _stack(name, layers):
+def _stack(name, layers, join):
     layers = align(layers)
     first, structure = flatten(layers[0]), jax.tree.structure(layers[0])
     for i, layer in enumerate(layers):
@@ -93,7 +97,7 @@ def _stack(name, layers):
                     f"cannot stack layers: {name}{i}/{path} is {_say(x)} and {name}0/{path} is "
                     f"{_say(first[path])}; use the per-layer layout"
                 )
-    return jax.tree.map(lambda *xs: xs[0] if _is_bool(xs[0]) else jnp.stack(xs), *layers)
+    return jax.tree.map(lambda *xs: xs[0] if _is_bool(xs[0]) else join(xs), *layers)
 
 
 def _differing_nodes(first, second):

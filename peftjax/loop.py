@@ -20,7 +20,7 @@ from .checkpoint import StateFolder, write_atomically
 from .counting import flops as count_flops
 from .layout import stack_layers, unstack_layers
 from .methods import Method
-from .together import alike, alone, member, own, share, side_batches, side_by_side, stack
+from .together import alike, alone, member, once, own, share, side_batches, side_by_side, stack
 from .train import Objective, Settings, TrainState, make_optimizer, make_step, start
 from .tree import Tree, combine, count, partition
 
@@ -162,19 +162,21 @@ def fit_together(
     if folder is not None and (newest := folder.latest()) is not None:
         (state, kept), meta = folder.restore(newest, (state, kept))
         state, kept = jax.tree.map(jnp.asarray, (state, kept))
-        state = state._replace(finite=jnp.ones_like(state.finite))  # what stopped the runs may be gone
+        state = state._replace(finite=jnp.ones_like(state.finite))  # what stopped a run may be gone
         best, times, program.peaks = meta["best"], meta["times"], meta["peaks"]
         flops, failed = meta["flops"], {int(i): NonFinite(said) for i, said in meta["failed"].items()}
         began -= meta["seconds"]
     keys = stack([jax.random.key(r.settings.seed) for r in runs])
     done = int(np.max(state.step))
+    if len(failed) == n:
+        return [failed[i] for i in range(n)]
     for log in logs:
         log.keep(done)  # also without a state: a kill may have come before the first one was saved
 
     def save():
         if folder is not None:
             meta = {"best": best, "times": times[-20:], "peaks": program.peaks, "flops": flops}
-            meta["failed"] = {str(i): str(e) for i, e in failed.items()} if len(failed) < n else {}
+            meta["failed"] = {str(i): str(e) for i, e in failed.items()} if n > 1 else {}  # one alone may try again
             meta["seconds"] = time.perf_counter() - began
             folder.save(int(np.max(state.step)), (state, kept), meta)  # of a non-finite step: the one before
 
@@ -221,7 +223,7 @@ def fit_together(
             done += 1
             flops += of_step
             left = (total - done) * (float(np.median(times[-20:])) if times else 0.0)
-            tokens = int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else 0
+            tokens = program.repeats * int(np.sum(batch["attention_mask"])) if "attention_mask" in batch else 0
             waiting.append((done, metrics, {"time_left": left, "tokens": tokens, "total": total}))
             stop = interrupts.seen
             due = done % (settings.eval_every or steps_per_epoch) == 0 or done == total
@@ -299,6 +301,7 @@ class _Program:
       state: of all runs, along a first axis if there are several.
       frozen: the frozen arrays, those that all runs share once.
       counts: trained scalars of each run.
+      repeats: how many runs see each batch.
       peaks: bytes of the compiled step by shape; of a resumed run, also those of before.
     """
 
@@ -308,16 +311,18 @@ class _Program:
         self.counts = [count(partition(r.params, method.trainable(r.params))[0]) for r in runs]  # before any padding
         self.padded = alike([r.params for r in runs])
         txs = [make_optimizer(r.settings, total, method) for r in runs]
-        how = (settings.layout, settings.trainable_dtype)
+        how = (settings.layout, settings.trainable_dtype, once(jnp.stack))
         states, frozen = zip(*(start(method, p, tx, *how) for p, tx in zip(self.padded, txs, strict=True)), strict=True)
         self.state, (self.frozen, self.axes, self.whole) = stack(states), share(frozen)
         self.one_order = len({r.settings.order for r in runs}) == 1
+        self.repeats = self.n if self.one_order else 1
         inner = make_step(objective, method, txs[0], settings.accumulate, settings.update)
 
         def step(state, frozen, batch, key):
             return inner(state, self.whole(frozen), batch, key)
 
         self._step = jax.jit(side_by_side(step, self.n, lanes, self.axes, self.one_order), donate_argnums=0)
+        self._join = once(jnp.stack)
         self._resolve = jax.jit(lambda t, f: method.resolve(combine(t, self.whole(f)), None))
         self._steps: dict[str, Any] = {}
         self.peaks: dict[str, int] = {}
@@ -333,11 +338,13 @@ class _Program:
 
     def params(self, trainable: Tree, i: int) -> Tree:
         """Run i's adapted parameters, in the run's layout."""
-        params = combine(trainable, self.whole(own(self.frozen, self.axes, i)))
-        if self.n == 1:
+        params, first = combine(trainable, self.whole(own(self.frozen, self.axes, i))), self.runs[i].params
+        if self.padded[i] is first:
             return params
-        whole = alone(unstack_layers(params), self.padded[i], self.runs[i].params)
-        return stack_layers(whole) if self.layout == "scan" else whole
+        whole = alone(unstack_layers(params), self.padded[i], first)
+        mask = self.method.trainable(first)
+        whole = combine(partition(whole, mask)[0], partition(first, mask)[1])  # the base's arrays are no copies
+        return stack_layers(whole, self._join) if self.layout == "scan" else whole
 
     def batches(self, steps_per_epoch: int, first: int, total: int) -> Iterator[dict]:
         """The batches from step `first` on: one of each run, or one for all if they share the order."""
@@ -376,8 +383,8 @@ def _non_finite(method, step, said, log) -> NonFinite:
     before = next((r for r in reversed(log.records) if "loss" in r), None)
     names = "+".join(name for name, _ in method.spec)
     return NonFinite(
-        f"{names}: at step {step} {said}; the last finite values were {before or 'none'}. The last state saved "
-        "before is kept; try a smaller learning rate, a longer warm-up or clipping"
+        f"{names}: at step {step} {said}; the last finite values were {before or 'none'}; "
+        "try a smaller learning rate, a longer warm-up or clipping"
     )
 
 

@@ -25,7 +25,7 @@ from .hub import TASKS, Model, describe
 from .methods import Method
 from .problem import loss_of
 from .run import entries_for
-from .together import alike, share, side_by_side, stack
+from .together import alike, once, share, side_by_side, stack
 from .train import Settings, make_optimizer, make_step, start
 from .tree import Tree, nbytes
 
@@ -184,7 +184,8 @@ def lay_out(case: Case) -> Step:
 
     def begin(params: Tree) -> tuple:
         adapted = alike([method.init(jax.random.key(i), params, model.sites) for i in range(n)])
-        states, frozen = zip(*(start(method, p, tx, s.layout, s.trainable_dtype) for p in adapted), strict=True)
+        how = (s.layout, s.trainable_dtype, once(jnp.stack))
+        states, frozen = zip(*(start(method, p, tx, *how) for p in adapted), strict=True)
         arrays, axes, whole = share(frozen)
         held.append((axes, whole))
         return stack(states), arrays

@@ -226,14 +226,17 @@ def run_together(
         if (done := _claim(check_writable(job.folder), config)) is not None:
             results[i] = done
     waiting = [i for i in range(len(jobs)) if i not in results]
+    if waiting and _shared(jobs, configs).is_dir():  # cut off when some results were there: the state is of all
+        waiting = [*range(len(jobs))]
     begun = {i: _begin(jobs[i]) for i in waiting}
     groups = [waiting] if _go_together([run for _, run in begun.values()]) else [[i] for i in waiting]
     evaluator = evaluator or Evaluator(jobs[0].problem)
     for group in filter(None, groups):
         problem, (method, _) = jobs[group[0]].problem, begun[group[0]]
         folder = jobs[group[0]].folder
-        several = folder.parent / f"together-{short_hash({'runs': [configs[i] for i in group]})}"
-        states = folder / "state" if len(group) == 1 else several
+        if len(group) > 1:
+            folder = check_writable(_shared([jobs[i] for i in group], [configs[i] for i in group]))
+            write_atomically(folder / RUNS, json.dumps([jobs[i].folder.name for i in group]))
         found = fit_together(
             [begun[i][1] for i in group],
             method,
@@ -242,16 +245,32 @@ def run_together(
             lanes=lanes,
             evaluate=evaluator.on_dev,
             better=_better(problem),
-            states=states,
+            states=folder / "state",
             resume_hint=resume_hint,
             report=report,
         )
         for i, fitted in zip(group, found, strict=True):
-            ended = isinstance(fitted, NonFinite)
-            results[i] = fitted if ended else _finish(jobs[i], configs[i], *begun[i], fitted, evaluator)
-        if len(group) > 1 or not isinstance(found[0], NonFinite):
-            shutil.rmtree(states, ignore_errors=True)
+            if i not in results:
+                ended = isinstance(fitted, NonFinite)
+                results[i] = fitted if ended else _finish(jobs[i], configs[i], *begun[i], fitted, evaluator)
+        if len(group) > 1:
+            shutil.rmtree(folder)
     return [results[i] for i in range(len(jobs))]
+
+
+RUNS = "runs.json"  # in the folder of several runs' states: the names of their own folders, which are beside it
+
+
+def _shared(jobs: Sequence[Job], configs: Sequence[dict]) -> Path:
+    return jobs[0].folder.parent / f"together-{short_hash({'runs': configs})}"
+
+
+def cut_off(jobs: Sequence[Job]) -> list[list[Job]]:
+    """What trained, in one program or alone, when it was cut off: so it resumes. Some may have a result."""
+    of = {job.folder.name: job for job in jobs}
+    named = [_read_json(file) for file in sorted(jobs[0].folder.parent.glob(f"together-*/{RUNS}"))]
+    groups = [[of[name] for name in names] for names in named if of.keys() >= {*names}]
+    return [*groups, *([job] for job in jobs if (job.folder / "state").is_dir())]
 
 
 def _begin(job: Job) -> tuple[Method, Run]:
@@ -387,7 +406,7 @@ def _claim(folder: Path, config: dict) -> dict | None:
     return None
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as e:

@@ -21,12 +21,12 @@ def alike(trees: Sequence[Tree]) -> Sequence[Tree]:
     """Adapted parameters, per-layer, in one structure and of equal shapes.
 
     LoRAs of several ranks are padded to the largest (`peftjax.methods.ranked`); nodes whose arrays vary in length are
-    padded by their class, as for the scanned layout. `alone` undoes it.
+    padded by their class, as for the scanned layout. `alone` undoes it. Trees that are alike come back as they are.
 
     Raises:
       ValueError: the runs differ in more.
     """
-    if len(trees) == 1:
+    if all(_form(t) == _form(trees[0]) for t in trees):
         return trees
     first, *others = (flatten(t) for t in trees)
     try:
@@ -47,6 +47,10 @@ def alike(trees: Sequence[Tree]) -> Sequence[Tree]:
     return trees
 
 
+def _form(tree: Tree) -> tuple:
+    return jax.tree.structure(tree), [np.shape(x) for x in jax.tree.leaves(tree)]
+
+
 def alone(tree: Tree, padded: Tree, first: Tree) -> Tree:
     """One of the `alike` trees without its padding; `padded` and `first`: the tree as it was after and before."""
     return own_rank(trim(tree, padded), first)
@@ -59,6 +63,24 @@ def stack(trees: Sequence[Tree]) -> Tree:
     (2, 2)
     """
     return trees[0] if len(trees) == 1 else jax.tree.map(lambda *xs: jnp.stack(xs), *trees)
+
+
+def once(f: Callable[[Sequence], Any]) -> Callable[[Sequence], Any]:
+    """The function of several arrays, giving one object for the same arrays: what runs share they share stacked, too.
+
+    >>> x, join = jnp.ones(2), once(jnp.stack)
+    >>> join([x, x]) is join([x, x])
+    True
+    """
+    found: dict[tuple[int, ...], tuple] = {}
+
+    def same(xs: Sequence) -> Any:
+        key = tuple(map(id, xs))
+        if key not in found:
+            found[key] = f(xs), xs  # the arrays live as long as their ids are kept
+        return found[key][0]
+
+    return same
 
 
 def member(tree: Tree, i: int, n: int) -> Tree:

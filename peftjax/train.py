@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args, get_type_hints
 
 import jax
@@ -247,14 +247,22 @@ def _kept(finite: jax.Array, new: Tree, old: Tree) -> Tree:
 
 
 def start(
-    method: Method, params: Tree, tx: Any, layout: str = "loop", dtype: Any = jnp.float32
+    method: Method,
+    params: Tree,
+    tx: Any,
+    layout: str = "loop",
+    dtype: Any = jnp.float32,
+    join: Callable[[Sequence], Any] = jnp.stack,
 ) -> tuple[TrainState, Tree]:
     """The first state and the frozen partition of adapted, per-layer parameters.
 
     Trainables are copied to the dtype: they are donated to the step, and a selective method's trainables are
     the base's own arrays. The optimizer sees them in float32.
+
+    Args:
+      join: for `stack_layers`.
     """
-    params = stack_layers(params) if layout == "scan" else params
+    params = stack_layers(params, join) if layout == "scan" else params
     trainable, frozen = partition(params, chain(method).trainable(params))  # a chain refuses to train nothing
     trainable = jax.tree.map(lambda x: jnp.array(x, copy=True), cast(trainable, dtype))
     opt_state = jax.jit(lambda t: tx.init(cast(t, jnp.float32)))(trainable)  # compiled: the cast itself is never made

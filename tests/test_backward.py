@@ -365,7 +365,8 @@ def test_an_adapter_from_bfloat16_trainables_loads(tmp_path):
     assert tiny.same(again.params, fitted.params)
     assert configuration(problem, m, settings)["settings"]["trainable_dtype"] == "bfloat16"
     old = configuration(problem, m, Settings())["settings"]  # as results of before have it
-    assert {f.name for f in dataclasses.fields(Settings)} - set(old) == {"save_every", "update", "trainable_dtype"}
+    new = {"save_every", "update", "trainable_dtype", "data_seed"}
+    assert {f.name for f in dataclasses.fields(Settings)} - set(old) == new
     for remat, was in (("none", False), ("block", True), ("dots", "dots")):
         other = problem.model._replace(module=problem.model.module.clone(remat=remat))
         assert configuration(problem._replace(model=other), m, settings)["remat"] == was

@@ -17,12 +17,13 @@ import tiny
 import transformers
 from conftest import SHARED, STORIES, needs_shared
 
-from peftjax import METHODS, compare as comparison, hub, train
+from peftjax import METHODS, compare as comparison, hub, loop, run
 from peftjax.checkpoint import save_adapter
 from peftjax.cli import _rates, main
 from peftjax.models import FAMILIES
 from peftjax.problem import Evaluator
 from peftjax.run import SELECTION, zero_shot
+from peftjax.train import Settings
 
 QUICK = ("--steps", "3", "--batch-size", "8", "--buckets", "1")
 
@@ -97,6 +98,20 @@ def test_compare(at, tmp_path, call):
     assert len([p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bitfit")]) == 2
 
 
+def test_ranks_in_a_comparison_go_together_and_one_run_by_two_names_is_trained_once(at, tmp_path, call):
+    methods = ("--methods", "lora, head, lora(rank=2), lora(rank=8)", "--out", tmp_path)
+    assert call("compare", *base(at, "bert", "rte"), *QUICK, *methods)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["together"]) for r in rows] == [
+        ("lora", 2),
+        ("head", 1),
+        ("lora(rank=2)", 2),
+        ("lora(rank=8)", 2),
+    ]
+    assert len([*(tmp_path / "runs").iterdir()]) == 3
+    assert "of up to 2 runs in one program" in (tmp_path / "report.md").read_text()
+
+
 def test_train_with_several_seeds_rates_and_ranks(at, tmp_path, call):
     """They train in one program, and each leaves what it leaves alone."""
     verb = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(dropout=0.1)", "--seed", 3)
@@ -142,6 +157,7 @@ def test_train_with_several_seeds_rates_and_ranks(at, tmp_path, call):
         (("--lr", "1e-3,fast"), "cannot read the learning rates '1e-3,fast'; write 1e-4,3e-4,1e-3"),
         (("--lr", "1e-3,1e-3"), "the learning rates 0.001, 0.001 name one twice; write each once"),
         (("--ranks", "1,400"), "rank 400 is larger than the matrix"),
+        (("--lanes", 0, "--seeds", 2), "lanes must be at least 1; got 0"),
         (("--lanes", 2), "--lanes is for several runs in one program"),
         (("--data-seed", -1), "data_seed must be at least 0; got -1"),
     ],
@@ -177,20 +193,20 @@ def test_without_model_and_task_it_is_the_bundled_base_on_the_built_in_task(tmp_
 
 def test_every_method_that_fits_and_word_of_those_that_do_not(at, tmp_path):
     """77 classes need more than the half percent that FISH Mask may train; asked for by name, that is an error."""
-    problem, chosen = comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "all", train.Settings())
+    problem, chosen = comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "all", Settings())
     names = [e.name for e in chosen]
     assert names == [n for n in (*[m for m in METHODS if m != "full"], "full") if n not in ("fishmask", "neftune")]
     assert any("fishmask is left out: " in note for note in problem.notes)
     with pytest.raises(ValueError, match="leaves nothing beside the task head"):
-        comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "fishmask", train.Settings())
-    _, generating = comparison.set_up("tiny-books", "places", None, None, train.Settings())
+        comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "fishmask", Settings())
+    _, generating = comparison.set_up("tiny-books", "places", None, None, Settings())
     assert [e.name for e in generating] == [n for n in SELECTION if n != "head"]
     assert len(generating) >= 10
     assert set(SELECTION) <= set(METHODS)
 
 
 def test_a_new_head_has_no_zero_shot(at, tmp_path):
-    problem, _ = comparison.set_up(str(at / "bert"), "rte", str(at / "rte"), "head", train.Settings())
+    problem, _ = comparison.set_up(str(at / "bert"), "rte", str(at / "rte"), "head", Settings())
     with pytest.raises(ValueError, match=r"task head .* is new; train it"):
         zero_shot(problem, tmp_path)
 
@@ -529,16 +545,16 @@ def test_rates():
 
 def test_ctrl_c_saves_the_state_and_says_how_to_resume(at, tmp_path, call, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["peftjax", "train", "--method", "lora(rank=2)"])
-    noted = train._note
+    noted = loop._records
 
-    def interrupt(log, pending, *args):
-        noted(log, pending, *args)
-        if pending[0] == 2:
+    def interrupt(step, *args):
+        if step == 2:
             os.kill(os.getpid(), signal.SIGINT)
+        return noted(step, *args)
 
     arguments = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 6, "--out")
     with monkeypatch.context() as m:
-        m.setattr(train, "_note", interrupt)
+        m.setattr(loop, "_records", interrupt)
         status, _, err = call(*arguments, tmp_path / "cut")
     assert status == 130
     assert "its state is saved in" in err
@@ -547,6 +563,45 @@ def test_ctrl_c_saves_the_state_and_says_how_to_resume(at, tmp_path, call, monke
     assert call(*arguments, tmp_path / "cut")[0] == 0
     assert call(*arguments, tmp_path / "whole")[0] == 0
     assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole")
+
+
+def test_runs_in_one_program_resume_whatever_the_next_command_asks_for(at, tmp_path, call, monkeypatch):
+    verb = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 6, "--out", tmp_path)
+    noted, finish = loop._records, run._finish
+
+    def interrupt(step, *args):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return noted(step, *args)
+
+    with monkeypatch.context() as m:
+        m.setattr(loop, "_records", interrupt)
+        status, _, err = call(*verb, "--seeds", 2)
+    assert status == 130
+    assert err.count("together-") == 1
+    seen = []
+
+    def note(step, *args):
+        seen.append((step, args[1]))
+        return noted(step, *args)
+
+    def cut(job, *args):
+        if job.settings.seed == 1:
+            raise KeyboardInterrupt
+        return finish(job, *args)
+
+    monkeypatch.setattr(loop, "_records", note)
+    with monkeypatch.context() as m:
+        m.setattr(run, "_finish", cut)
+        assert call(*verb, "--seeds", 3)[0] == 130  # the two first, from where they were; then the scoring is cut off
+    assert [step for step, _ in seen] == [4, 5, 6]
+    assert {n for _, n in seen} == {2}
+    assert len([*tmp_path.glob("runs/*/result.json")]) == 1
+    seen.clear()
+    assert call(*verb, "--seeds", 3)[0] == 0
+    assert seen == [(step, 1) for step in range(1, 7)]  # only the third is still to be trained
+    assert len([*tmp_path.glob("runs/*/result.json")]) == 3
+    assert not [*tmp_path.glob("runs/together-*")]
 
 
 def adapter_of(folder):

@@ -10,7 +10,8 @@ import tiny
 
 from peftjax import chain
 from peftjax.hub import redraw
-from peftjax.loop import NonFinite, Run, fit, fit_together
+from peftjax.layout import stack_layers
+from peftjax.loop import NonFinite, Run, _Program, fit, fit_together
 from peftjax.methods import METHODS, adalora, bitfit, dora, full, head, lora, lora_plus, parse, prefix
 from peftjax.methods.ranked import Ranked, one_rank, own_rank
 from peftjax.problem import Evaluator, objective
@@ -190,6 +191,24 @@ def test_a_ranked_lora_is_the_lora_of_its_rank():
 # What is held
 
 
+@pytest.mark.parametrize("layout", ["loop", "scan"])
+@pytest.mark.parametrize("ranks", [(1, 1), (1, 2)])
+def test_no_layout_copies_the_base_for_each_run(e2e, layout, ranks):
+    settings = [dataclasses.replace(s, layout=layout, data_seed=0) for s in SEEDS[:2]]
+    made, m = runs(e2e, [lora(rank=r) for r in ranks], settings)
+    program = _Program(made, m, objective(e2e), 8, 2)
+    own = sum(x.size for x, axis in zip(program.frozen, program.axes, strict=True) if axis == 0)
+    assert sum(x.size for x in program.frozen) - own == count(e2e.model.params)
+    assert own <= 2 * 2 * 4 * tiny.LAYERS  # the ranks' scales
+    left = [flatten(program.params(program.trainable(program.state, i), i)) for i in range(2)]
+    frozen = [p for p in left[0] if not p.endswith(("/a", "/b"))]
+    assert frozen
+    assert all(left[0][p] is left[1][p] for p in frozen)
+    for params, run in zip(left, made, strict=True):
+        first = flatten(stack_layers(run.params) if layout == "scan" else run.params)
+        assert {p: x.shape for p, x in params.items()} == {p: x.shape for p, x in first.items()}
+
+
 def test_the_base_is_held_once(e2e):
     made, _ = runs(e2e, [lora(rank=1)] * 3, SEEDS)
     arrays, axes, whole = share([r.params for r in made])
@@ -235,6 +254,12 @@ def test_runs_that_all_diverge_stop(e2e):
     found = train(e2e, [full()] * 2, settings, report=seen.append)
     assert all(isinstance(f, NonFinite) for f in found)
     assert len(seen) < 20
+
+
+def test_runs_that_all_diverged_stay_so(e2e, tmp_path):
+    settings = [dataclasses.replace(COMMON, learning_rate=r, warmup=0.0) for r in (1e30, 1e33)]
+    found, again = (train(e2e, [full()] * 2, settings, states=tmp_path / "states") for _ in range(2))
+    assert list(map(str, again)) == list(map(str, found))
 
 
 class Killed(BaseException):

@@ -17,7 +17,7 @@ class Ranked(LoRA):
     """`W + A diag(scale) B`: a LoRA whose `scale`, (r,) in float32, is 0 beyond its own rank.
 
     There A's columns and B's rows are 0, have no gradient and stay 0, so that the rest trains as the LoRA of the
-    smaller rank does.
+    smaller rank does; only the random rounding of trainables in bfloat16 draws other numbers for a padded array.
     """
 
     scale: Any = None
