@@ -143,7 +143,7 @@ def _train_all(
             say(f"{_title(job)}: already trained, taken from {job.folder}")
             found[job.folder] = run(*job, evaluator=evaluator)
     for group, fitting in _programs([*{job.folder: job for job in jobs}.values()]):
-        with watch(", ".join(map(_title, group))) as note:
+        with watch(_titles(group)) as note:
             ended = run_together(group, lanes=lanes or fitting, evaluator=evaluator, report=note)
         for job, result in zip(group, ended, strict=True):
             found[job.folder] = result
@@ -198,6 +198,15 @@ def _kin(job: Job) -> str:
 
 def _title(job: Job) -> str:
     return f"{job.entry.name} seed {job.settings.seed}"
+
+
+def _titles(jobs: Sequence[Job]) -> str:
+    """What the progress bar calls the runs of a program."""
+    names = list(dict.fromkeys(job.entry.name for job in jobs))
+    if len(jobs) == 1:
+        return _title(jobs[0])
+    said = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    return f"{said}, {len(jobs)} runs"
 
 
 def train(

@@ -152,74 +152,74 @@ def fit_together(
     settings, n = runs[0].settings, len(runs)
     total = settings.steps or settings.epochs * steps_per_epoch
     program = _Program(runs, method, objective, total, n if lanes is None else lanes)
-    state, logs = program.state, [_Log(r.folder) for r in runs]
-    best: list[dict | None] = [None] * n
-    kept = [program.trainable(state, i) for i in range(n)]
-    failed: dict[int, NonFinite] = {}
+    state, keys = program.state, stack([jax.random.key(r.settings.seed) for r in runs])
+    courses = [_Course(method, r.folder, program.trainable(state, i)) for i, r in enumerate(runs)]
     times: list[float] = []
     flops = 0.0
     folder = None if states is None else StateFolder(states)
     if folder is not None and (newest := folder.latest()) is not None:
-        (state, kept), meta = folder.restore(newest, (state, kept))
+        (state, kept), meta = folder.restore(newest, (state, [c.kept for c in courses]))
         state, kept = jax.tree.map(jnp.asarray, (state, kept))
         state = state._replace(finite=jnp.ones_like(state.finite))  # what stopped a run may be gone
-        best, times, program.peaks = meta["best"], meta["times"], meta["peaks"]
-        flops, failed = meta["flops"], {int(i): NonFinite(said) for i, said in meta["failed"].items()}
+        for course, best, why in zip(courses, meta["best"], meta["ended"], strict=True):
+            course.best, course.ended = best, None if why is None else NonFinite(why)
+        for course, x in zip(courses, kept, strict=True):
+            course.kept = x
+        times, program.peaks, flops = meta["times"], meta["peaks"], meta["flops"]
         began -= meta["seconds"]
-    keys = stack([jax.random.key(r.settings.seed) for r in runs])
     done = int(np.max(state.step))
-    if len(failed) == n:
-        return [failed[i] for i in range(n)]
-    for log in logs:
-        log.keep(done)  # also without a state: a kill may have come before the first one was saved
+    for course in courses:
+        course.log.keep(done)  # also without a state: a kill may have come before the first one was saved
 
-    def save():
+    def over() -> bool:
+        return all(c.ended is not None for c in courses)
+
+    def save() -> None:
         if folder is not None:
-            meta = {"best": best, "times": times[-20:], "peaks": program.peaks, "flops": flops}
-            meta["failed"] = {str(i): str(e) for i, e in failed.items()} if n > 1 else {}  # one alone may try again
-            meta["seconds"] = time.perf_counter() - began
-            folder.save(int(np.max(state.step)), (state, kept), meta)  # of a non-finite step: the one before
+            ended = [None if n == 1 or c.ended is None else str(c.ended) for c in courses]  # one alone may try again
+            meta = {"best": [c.best for c in courses], "ended": ended, "times": times[-20:], "peaks": program.peaks}
+            meta |= {"flops": flops, "seconds": time.perf_counter() - began}
+            folder.save(int(np.max(state.step)), (state, [c.kept for c in courses]), meta)
 
-    def note(of_step, timed):
+    def note(of_step: tuple, timed: bool) -> None:
+        """Reads the numbers of a step, which waits for it."""
         nonlocal clock
         step, metrics, extra = of_step
-        records = _records(step, metrics, n, failed, lambda i, said: _non_finite(method, step, said, logs[i]))
-        for i, record in records.items():
-            logs[i].add(record)
-        if records:
-            report(_mean(records.values()) | extra)
-        if len(failed) == n:
-            save()
+        losses, norms = (np.broadcast_to(metrics[k], (n,)).tolist() for k in ("loss", "grad_norm"))
+        each = [{"step": step, "loss": x, "grad_norm": g} for x, g in zip(losses, norms, strict=True)]
+        if records := [r for c, r in zip(courses, each, strict=True) if c.goes_on(r)]:
+            report(_mean(records) | extra)
+        if over():
+            save()  # the state of before the step, as the last of them is not finite
         now = time.perf_counter()
         if timed:
             times.append(now - clock)
         clock = now
 
-    def judge(evaluate):
+    def judge(evaluate: Callable[[Tree], dict]) -> None:
         """Evaluates the runs, and keeps those states that are the best so far."""
-        records = {}
-        for i in sorted({*range(n)} - {*failed}):
-            scores = evaluate(program.resolved(state, i))
-            if not np.isfinite(list(scores.values())).all():
-                failed[i] = _non_finite(method, done, f"the evaluation gives {scores}", logs[i])
+        records = []
+        for i, course in enumerate(courses):
+            if course.ended is not None:
                 continue
-            records[i] = {"step": done, "eval": scores}
-            logs[i].add(records[i])
-            before = best[i]
-            if done >= method.settles(total) and (before is None or better(scores, before["eval"])):
-                best[i], kept[i] = records[i], program.trainable(state, i)
+            record = {"step": done, "eval": evaluate(program.resolved(state, i))}
+            if not course.goes_on(record):
+                continue
+            records.append(record["eval"])
+            if done >= method.settles(total) and (course.best is None or better(record["eval"], course.best["eval"])):
+                course.best, course.kept = record, program.trainable(state, i)
         if records:
-            report({"step": done, "eval": _mean(r["eval"] for r in records.values())})
+            report({"step": done, "eval": _mean(records)})
 
     waiting: deque[tuple] = deque()  # steps whose numbers are read while later ones run
     clock = time.perf_counter()
     with _Interrupts() as interrupts, nullcontext() if folder is None else closing(folder):
-        for batch in program.batches(steps_per_epoch, done, total):
-            run, compiling, of_step = program.compiled(state, batch, keys)
+        for batch in () if over() else program.batches(steps_per_epoch, done, total):
+            step, compiling, of_step = program.compiled(state, batch, keys)
             while compiling and waiting:
                 note(waiting.popleft(), timed=False)
             clock = time.perf_counter() if compiling else clock
-            state, metrics = run(state, program.frozen, batch, keys)
+            state, metrics = step(state, program.frozen, batch, keys)
             done += 1
             flops += of_step
             left = (total - done) * (float(np.median(times[-20:])) if times else 0.0)
@@ -230,9 +230,9 @@ def fit_together(
             saving = due or stop or done % settings.save_every == 0
             while len(waiting) > (0 if saving else AHEAD):
                 note(waiting.popleft(), timed=True)
-            if due and evaluate is not None and len(failed) < n:
+            if due and evaluate is not None:
                 judge(evaluate)
-            if len(failed) == n:
+            if over():
                 break
             if not saving:
                 continue
@@ -241,24 +241,22 @@ def fit_together(
             if interrupts.seen:
                 where = f"its state is saved in {states}; to resume, {resume_hint}" if states else "nothing was saved"
                 raise Interrupted(f"interrupted after step {done} of {total}; {where}")
-    seconds = (time.perf_counter() - began) / n
-    return [
-        failed[i]
-        if i in failed
-        else Fitted(
-            params=program.params(kept[i] if best[i] else program.trainable(state, i), i),
-            history=logs[i].records,
-            best=best[i],
-            trainable=program.counts[i],
-            peak_bytes=max(program.peaks.values(), default=0),
-            step_seconds=float(np.median(times)) / n if times else float("nan"),
-            compilations=len(program.peaks),
-            seconds=seconds,
-            flops=flops / n,
-            together=n,
-        )
-        for i in range(n)
-    ]
+    costs = {
+        "peak_bytes": max(program.peaks.values(), default=0),
+        "step_seconds": float(np.median(times)) / n if times else float("nan"),
+        "compilations": len(program.peaks),
+        "seconds": (time.perf_counter() - began) / n,
+        "flops": flops / n,
+        "together": n,
+    }
+
+    def left_by(i: int, course: _Course) -> Fitted | NonFinite:
+        if course.ended is not None:
+            return course.ended
+        params = program.params(course.kept if course.best else program.trainable(state, i), i)
+        return Fitted(params, course.log.records, course.best, program.counts[i], **costs)
+
+    return [left_by(i, course) for i, course in enumerate(courses)]
 
 
 def _check_settings(runs: Sequence[Run], lanes: int | None) -> None:
@@ -271,21 +269,6 @@ def _check_settings(runs: Sequence[Run], lanes: int | None) -> None:
             raise ValueError(
                 f"runs in one program may differ in {', '.join(MAY_DIFFER)}; these differ in {other}: train them apart"
             )
-
-
-def _records(step: int, metrics: dict, n: int, failed: dict[int, NonFinite], error: Callable) -> dict[int, dict]:
-    """The record of each run; one that is not finite goes to the failed ones instead."""
-    values = {name: np.broadcast_to(np.asarray(x), (n,)).tolist() for name, x in metrics.items()}
-    found = {}
-    for i in range(n):
-        record = {"step": step, "loss": values["loss"][i], "grad_norm": values["grad_norm"][i]}
-        if i in failed:
-            continue
-        if np.isfinite(record["loss"]) and np.isfinite(record["grad_norm"]):
-            found[i] = record
-        else:
-            failed[i] = error(i, f"the loss is {record['loss']} and the gradient's norm {record['grad_norm']}")
-    return found
 
 
 def _mean(records: Iterable[dict]) -> dict:
@@ -379,13 +362,30 @@ def _from_step(epoch, steps_per_epoch, first, total) -> Iterator[dict]:
             raise ValueError(f"epoch {number} has fewer batches than steps_per_epoch={steps_per_epoch}")
 
 
-def _non_finite(method, step, said, log) -> NonFinite:
-    before = next((r for r in reversed(log.records) if "loss" in r), None)
-    names = "+".join(name for name, _ in method.spec)
-    return NonFinite(
-        f"{names}: at step {step} {said}; the last finite values were {before or 'none'}; "
-        "try a smaller learning rate, a longer warm-up or clipping"
-    )
+class _Course:
+    """What each run has of its own: its log, its best state, and, if it is over, why."""
+
+    def __init__(self, method: Method, folder: str | Path | None, kept: Tree):
+        self.name = "+".join(name for name, _ in method.spec)
+        self.log, self.kept = _Log(folder), kept
+        self.best: dict | None = None
+        self.ended: NonFinite | None = None
+
+    def goes_on(self, record: dict) -> bool:
+        """Whether it does after this record, of a step or an evaluation; one that is not finite ends it."""
+        if self.ended is not None:
+            return False
+        if np.isfinite(list(record.get("eval", record).values())).all():
+            self.log.add(record)
+            return True
+        said = f"the loss is {record['loss']} and the gradient's norm {record['grad_norm']}" if "loss" in record else ""
+        said = said or f"the evaluation gives {record['eval']}"
+        before = next((r for r in reversed(self.log.records) if "loss" in r), None)
+        self.ended = NonFinite(
+            f"{self.name}: at step {record['step']} {said}; the last finite values were {before or 'none'}; "
+            "try a smaller learning rate, a longer warm-up or clipping"
+        )
+        return False
 
 
 class _Log:
