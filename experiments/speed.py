@@ -236,7 +236,13 @@ def auto(case: Case) -> Any:
     )
 
 
+def task(case: Case) -> str:
+    """What `hub` calls it."""
+    return "classification" if case.kind == "classification" else "causal-lm"
+
+
 def on(scale: str) -> str:
+    """torch's name of the device."""
     return "cuda" if scale == "gpu" else "cpu"
 
 
@@ -367,8 +373,7 @@ def ours(case: Case, method: str, folder: Path, adapter: Path | None) -> Side:
     """This library's training, with the adapter of a PEFT folder."""
     quantize = "nf4" if method == "qlora" else None
     dtype = jnp.dtype(case.dtype)
-    task = "classification" if case.kind == "classification" else "causal-lm"
-    model = hub.load(folder, task, dtype=dtype, param_dtype=dtype, quantize=quantize)
+    model = hub.load(folder, task(case), dtype=dtype, param_dtype=dtype, quantize=quantize)
     settings = Settings(
         steps=int(PRUNING["total"]), learning_rate=RATE, schedule="constant", warmup=0.0, weight_decay=0.0
     )
@@ -532,12 +537,13 @@ def rates(dtype: str, scale: str) -> dict[str, float]:
 
 def model_flops(case: Case, method: str) -> float:
     """Of a step: forward, backward to activations, and to the weights where all of them train."""
-    model = hub.from_config(case.config(), "classification" if case.kind == "classification" else None, seed=None)
+    model = hub.from_config(case.config(), task(case), seed=None)
     return (3 if method == "full" else 2) * costs.analytic(model, case.rows, case.length)
 
 
 def measure(case: Case, method: str, scale: str, folder: Path, wanted: tuple[str, ...], repeats: int, turn: float):
     """The record of a cell."""
+    flops = model_flops(case, method)
     sides, record = both(case, method, scale, folder, wanted)
     for name, each in take_turns(sides, repeats, turn).items():
         record["sides"][name] |= {"seconds": each}
@@ -545,7 +551,7 @@ def measure(case: Case, method: str, scale: str, folder: Path, wanted: tuple[str
         record["sides"][name]["peak_bytes"] = side.peak()
     if scale == "gpu":
         record["sides"]["ours"]["allocated_bytes"] = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-    return record | {"flops": model_flops(case, method), "rate": rates(case.dtype, scale)}
+    return record | {"flops": flops, "rate": rates(case.dtype, scale)}
 
 
 def versions() -> dict[str, str]:
