@@ -146,7 +146,7 @@ CASES: dict[str, dict[str, Case]] = {
         ),
     },
 }
-COMPILED = {"cpu": METHODS, "gpu": ("lora",)}  # what `torch.compile` is tried on
+COMPILED = ("lora",)  # what `torch.compile` is tried on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +159,9 @@ class Options:
       methods: default: all of a case.
       repeats: turns of each side.
       turn: seconds that a turn lasts, about.
-      compiled: methods that `torch.compile` is tried on; default: `COMPILED`.
+      compiled: methods that `torch.compile` is tried on.
+      threads: of each side on a CPU; default: all cores. With one, time is the process's on the CPU, not the clock's:
+        other programs on the machine move it little, while two threads that wait for each other lose far more of it.
       most_load: a cell that is there but was taken under a load (of this process and others) above it is run again.
       out: where the results go.
     """
@@ -169,7 +171,8 @@ class Options:
     methods: tuple[str, ...] = METHODS
     repeats: int = 5
     turn: float = 0.5
-    compiled: tuple[str, ...] | None = None
+    compiled: tuple[str, ...] = COMPILED
+    threads: int | None = None
     most_load: float = math.inf
     out: Path = OUT
 
@@ -488,29 +491,29 @@ def check(record: dict, tolerance: float) -> None:
             raise Differs(f"the losses differ by up to {max(gaps):.1e}: ours {losses['ours']}, {name} {each}")
 
 
-def take_turns(sides: dict[str, Side], repeats: int, turn: float) -> dict[str, list[float]]:
+def take_turns(sides: dict[str, Side], repeats: int, turn: float, clock: Callable[[], float]) -> dict[str, list[float]]:
     """Seconds a step of each side in every turn, the sides one after another."""
     steps, seconds = {}, {name: [] for name in sides}
     for name, side in sides.items():
-        steps[name] = max(1, round(turn / timed(side, 1)))
+        steps[name] = max(1, round(turn / timed(side, 1, clock)))
     for _ in range(repeats):
         for name, side in sides.items():
-            seconds[name].append(timed(side, steps[name]))
+            seconds[name].append(timed(side, steps[name], clock))
     return seconds
 
 
-def timed(side: Side, steps: int) -> float:
+def timed(side: Side, steps: int, clock: Callable[[], float]) -> float:
     """Seconds a step."""
     side.wait()
     time.sleep(0.02)  # threads of the other side stop spinning
-    began = time.perf_counter()
+    began = clock()
     for _ in range(steps):
         side.step()
     side.wait()
-    return (time.perf_counter() - began) / steps
+    return (clock() - began) / steps
 
 
-def rates(dtype: str, scale: str) -> dict[str, float]:
+def rates(dtype: str, scale: str, clock: Callable[[], float]) -> dict[str, float]:
     """FLOPs a second of a product of large matrices through XLA and through torch, medians of turns."""
     n, steps = (8192, 20) if scale == "gpu" else (2048, 1)
     x = torch.randn(n, n, device=on(scale)).to(getattr(torch, dtype))
@@ -526,12 +529,12 @@ def rates(dtype: str, scale: str) -> dict[str, float]:
         "torch": side(lambda: x @ x, wait),
     }
     for each in pair.values():
-        timed(each, 2)
+        timed(each, 2, clock)
     seconds = {name: [] for name in pair}
     for _ in range(5):
         for name, each in pair.items():
             extra = 1 if name == "xla" else 0  # `wait` runs one more
-            seconds[name].append(timed(each, steps) * steps / (steps + extra))
+            seconds[name].append(timed(each, steps, clock) * steps / (steps + extra))
     return {name: 2 * n**3 / statistics.median(each) for name, each in seconds.items()}
 
 
@@ -541,17 +544,26 @@ def model_flops(case: Case, method: str) -> float:
     return (3 if method == "full" else 2) * costs.analytic(model, case.rows, case.length)
 
 
-def measure(case: Case, method: str, scale: str, folder: Path, wanted: tuple[str, ...], repeats: int, turn: float):
+def measure(
+    case: Case,
+    method: str,
+    scale: str,
+    folder: Path,
+    wanted: tuple[str, ...],
+    repeats: int,
+    turn: float,
+    clock: Callable[[], float],
+) -> dict[str, Any]:
     """The record of a cell."""
     flops = model_flops(case, method)
     sides, record = both(case, method, scale, folder, wanted)
-    for name, each in take_turns(sides, repeats, turn).items():
+    for name, each in take_turns(sides, repeats, turn, clock).items():
         record["sides"][name] |= {"seconds": each}
     for name, side in sides.items():
         record["sides"][name]["peak_bytes"] = side.peak()
     if scale == "gpu":
         record["sides"]["ours"]["allocated_bytes"] = jax.local_devices()[0].memory_stats()["peak_bytes_in_use"]
-    return record | {"flops": flops, "rate": rates(case.dtype, scale)}
+    return record | {"flops": flops, "rate": rates(case.dtype, scale, clock)}
 
 
 def versions() -> dict[str, str]:
@@ -573,9 +585,13 @@ def device(scale: str) -> str:
 def cell(options: Options, name: str, method: str, folder: Path, repeats: int) -> dict:
     """The record of a cell, run in this process; why there is none, if it fails."""
     scale, case = options.scale, CASES[options.scale][name]
-    wanted = SIDES if method in (COMPILED[scale] if options.compiled is None else options.compiled) else SIDES[:2]
+    wanted = SIDES if method in options.compiled else SIDES[:2]
     key = {"case": name, "method": method, "scale": scale, "dtype": case.dtype}
     load = os.getloadavg()[0]
+    if options.threads is not None:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # XLA's pool is of that size
+        torch.set_num_threads(options.threads)
+    clock = time.process_time if options.threads == 1 else time.perf_counter
     try:
         if scale == "gpu":
             torch.set_float32_matmul_precision("high")
@@ -584,7 +600,7 @@ def cell(options: Options, name: str, method: str, folder: Path, repeats: int) -
                 raise RuntimeError(f"JAX computes on {jax.default_backend()}; --scale gpu needs a GPU for both sides")
         with tempfile.TemporaryDirectory() as cache:  # nothing compiled before is used again
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
-            found = measure(case, method, scale, folder, wanted, repeats, options.turn)
+            found = measure(case, method, scale, folder, wanted, repeats, options.turn, clock)
     except Exception as e:
         traceback.print_exc()
         found = {"why": why(e)}
@@ -632,7 +648,8 @@ def main(options: Options) -> None:
     cases = options.cases or tuple(CASES[options.scale])
     if unknown := [c for c in cases if c not in CASES[options.scale]] + [m for m in options.methods if m not in METHODS]:
         raise ValueError(f"there is no {unknown[0]!r}; cases are {', '.join(CASES[options.scale])}, methods {METHODS}")
-    file = options.out / f"{options.scale}.jsonl"
+    stem = options.scale if options.threads is None else f"{options.scale}-{options.threads}"
+    file = options.out / f"{stem}.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
     for name in cases:
         case = CASES[options.scale][name]
@@ -649,8 +666,8 @@ def main(options: Options) -> None:
                 file.write_text("".join(json.dumps(r) + "\n" for r in [*records, record]))
                 print(f"{name} {method}: {said(record)} ({time.perf_counter() - began:.0f} s)", flush=True)
     records = read(file)
-    (options.out / f"{options.scale}.md").write_text(report(records, options))
-    plot(records, options.out / f"{options.scale}.png")
+    (options.out / f"{stem}.md").write_text(report(records, options, stem))
+    plot(records, options.out / f"{stem}.png")
 
 
 def read(file: Path) -> list[dict]:
@@ -684,6 +701,7 @@ def said(record: dict) -> str:
     return ", ".join(parts)
 
 
+CLOCK = "Seconds are those of the process on the CPU: other programs ran beside it."
 COLUMNS = [
     *("method", "trained", "ours tok/s", "eager tok/s", "compiled tok/s", "eager / ours", "compiled / ours"),
     *("use ours", "use eager", "peak MB ours", "eager", "compiled", "compile s ours", "torch", "losses agree to"),
@@ -725,16 +743,17 @@ def row(r: dict) -> list[str]:
     ]
 
 
-def report(records: list[dict], options: Options) -> str:
+def report(records: list[dict], options: Options, stem: str) -> str:
     """The results in Markdown."""
     good = [r for r in records if "why" not in r]
     lines = [
         "# A training step here and in Hugging Face PEFT",
         "",
-        f"`python experiments/speed.py --scale {options.scale}`; the script says what is compared and how. Ratios are "
+        f"`python experiments/speed.py --scale {options.scale}"
+        f"{'' if options.threads is None else f' --threads {options.threads}'}`; the script says what is compared and how. Ratios are "
         "medians over turns of seconds over ours, quartiles in brackets: above 1, ours is the faster one. 'use': share "
         "of the measured rate of matrix products. Peaks: of ours XLA's plan, of theirs the allocator's. 'torch': what "
-        "`torch.compile` took.",
+        f"`torch.compile` took. {CLOCK if options.threads == 1 else ''}".strip(),
         "",
     ]
     for facts in dict.fromkeys(
@@ -769,7 +788,7 @@ def report(records: list[dict], options: Options) -> str:
             f"- {r['method']}, {side}: {s['why']}" for r in shown for side, s in r["sides"].items() if "why" in s
         ]
         lines += ["", *reasons] if reasons else []
-    return "\n".join([*lines, "", f"![ratios]({options.scale}.png)"]) + "\n"
+    return "\n".join([*lines, "", f"![ratios]({stem}.png)"]) + "\n"
 
 
 def plot(records: list[dict], file: Path) -> None:
