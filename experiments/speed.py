@@ -23,8 +23,9 @@ CPU as its profiler logs it. The libraries' own workspaces are outside of both o
 FLOPs (`costs.analytic`: forward, backward to activations, and to the weights where all train; low-rank parts do not
 count) over the seconds, against the faster of two measured products of large matrices, XLA's and torch's.
 
-On a GPU with 16 cores: 24 cells of 8 to 25 s with five turns of half a second; `torch.compile` only of LoRA
-(`COMPILED`), up to a minute each. Together about eight minutes; `--cases` and `--methods` take parts of it.
+On a GPU, `--repeats 5 --minutes 7` stays within eight minutes: five turns of half a second a side, LoRA of every case
+first, then DoRA and so on (`FIRST`), and no cell is begun after seven minutes. The same command goes on where it
+stopped. A cell takes 10 to 60 s, most of it loading and compiling; `torch.compile` is tried on LoRA only.
 """
 
 import os
@@ -32,6 +33,9 @@ import os
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # two allocators share the GPU
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault(
+    "PYTORCH_NVML_BASED_CUDA_CHECK", "1"
+)  # to ask for a GPU is not to start CUDA: it survives no fork
 
 import contextlib
 import dataclasses
@@ -39,13 +43,14 @@ import importlib.metadata
 import json
 import math
 import multiprocessing
+import re
 import statistics
 import sys
 import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -67,6 +72,7 @@ from peftjax.tree import Tree, count, distinct
 
 OUT = Path(__file__).parents[1] / "experiments/results/speed"
 METHODS = ("full", "lora", "dora", "prefix", "adalora", "ia3", "qlora")
+FIRST = ("lora", "dora", "full", "adalora", "qlora", "prefix", "ia3")  # the order in which they are run
 SIDES = ("ours", "eager", "compiled")
 CHECKED = 3  # steps whose losses must agree
 RANK, ALPHA, TOKENS, RATE = 8, 16, 16, 1e-4  # TOKENS: of a prefix
@@ -163,6 +169,7 @@ class Options:
       threads: of each side on a CPU; default: all cores. With one, time is the process's on the CPU, not the clock's:
         other programs on the machine move it little, while two threads that wait for each other lose far more of it.
       most_load: a cell that is there but was taken under a load (of this process and others) above it is run again.
+      minutes: after which no cell is begun.
       out: where the results go.
     """
 
@@ -174,6 +181,7 @@ class Options:
     compiled: tuple[str, ...] = COMPILED
     threads: int | None = None
     most_load: float = math.inf
+    minutes: float = math.inf
     out: Path = OUT
 
 
@@ -430,8 +438,8 @@ def first_losses(side: Side) -> tuple[list[float], list[float]]:
 
 
 def why(e: BaseException) -> str:
-    """The reason that a side has no numbers, in a line."""
-    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+    """The reason that a side has no numbers, in a line without the folder's name."""
+    return re.sub(rf"{tempfile.gettempdir()}/\S+: ", "", " ".join(f"{type(e).__name__}: {e}".split()))[:300]
 
 
 def both(case: Case, method: str, scale: str, folder: Path, wanted: tuple[str, ...] = SIDES) -> tuple[dict, dict]:
@@ -621,15 +629,12 @@ def cell(options: Options, name: str, method: str, folder: Path, repeats: int) -
 def apart(function: Callable, *arguments, limit: float = 600.0) -> Any:
     """What a function gives, computed in a process of its own; None where it dies or takes too long.
 
-    The process is a fork of this one, which has imported everything and computed nothing.
+    The process is a fork of this one, which has imported everything and computed nothing; a fresh one where an import
+    (bitsandbytes') has started CUDA.
     """
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     receiver, sender = context.Pipe(duplex=False)
-
-    def run():
-        sender.send(function(*arguments))
-
-    process = context.Process(target=run)
+    process = context.Process(target=_send, args=(sender, function, arguments))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="os.fork")  # no thread has been started yet
         process.start()
@@ -643,29 +648,34 @@ def apart(function: Callable, *arguments, limit: float = 600.0) -> Any:
     return found
 
 
+def _send(sender: Any, function: Callable, arguments: tuple) -> None:
+    sender.send(function(*arguments))
+
+
 def main(options: Options) -> None:
     """Runs what is missing, and writes report and plot."""
-    cases = options.cases or tuple(CASES[options.scale])
-    if unknown := [c for c in cases if c not in CASES[options.scale]] + [m for m in options.methods if m not in METHODS]:
-        raise ValueError(f"there is no {unknown[0]!r}; cases are {', '.join(CASES[options.scale])}, methods {METHODS}")
+    known = CASES[options.scale]
+    cases, began = options.cases or tuple(known), time.perf_counter()
+    if unknown := [c for c in cases if c not in known] + [m for m in options.methods if m not in METHODS]:
+        raise ValueError(f"there is no {unknown[0]!r}; cases are {', '.join(known)}, methods {', '.join(METHODS)}")
     stem = options.scale if options.threads is None else f"{options.scale}-{options.threads}"
     file = options.out / f"{stem}.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
-    for name in cases:
-        case = CASES[options.scale][name]
-        todo = [m for m in options.methods if m in case.methods and not done(file, name, m, options)]
-        if not todo:
-            continue
-        with tempfile.TemporaryDirectory() as at:
-            apart(write, case, options.scale, Path(at))
-            for method in todo:
-                began = time.perf_counter()
-                record = apart(cell, options, name, method, Path(at), options.repeats)
-                record = record or {"case": name, "method": method, "scale": options.scale, "why": "the process died"}
-                records = [r for r in read(file) if (r["case"], r["method"]) != (name, method)]
-                file.write_text("".join(json.dumps(r) + "\n" for r in [*records, record]))
-                print(f"{name} {method}: {said(record)} ({time.perf_counter() - began:.0f} s)", flush=True)
-    records = read(file)
+    cells = [(c, m) for m in FIRST for c in cases if m in options.methods and m in known[c].methods]
+    with tempfile.TemporaryDirectory() as at:
+        for name, method in cells:
+            begun = time.perf_counter()
+            if done(file, name, method, options) or begun - began > 60 * options.minutes:
+                continue
+            folder = Path(at) / name
+            if not folder.exists():
+                apart(write, known[name], options.scale, folder)
+            record = apart(cell, options, name, method, folder, options.repeats)
+            record = record or {"case": name, "method": method, "scale": options.scale, "why": "the process died"}
+            records = [r for r in read(file) if (r["case"], r["method"]) != (name, method)]
+            file.write_text("".join(json.dumps(r) + "\n" for r in [*records, record]))
+            print(f"{name} {method}: {said(record)} ({time.perf_counter() - begun:.0f} s)", flush=True)
+    records = sorted(read(file), key=lambda r: list(known).index(r["case"]))
     (options.out / f"{stem}.md").write_text(report(records, options, stem))
     plot(records, options.out / f"{stem}.png")
 
@@ -776,8 +786,8 @@ def report(records: list[dict], options: Options, stem: str) -> str:
                 "",
                 f"## {name}: {r['rows']} x {r['length']} tokens, {r['dtype']}",
                 "",
-                f"Products of large matrices: XLA {fastest['xla']:,.0f} GFLOP/s, torch {fastest['torch']:,.0f}. Load of "
-                f"the machine, this process included: {min(loads):.1f} to {max(loads):.1f}.",
+                f"Products of large matrices: XLA {fastest['xla']:,.0f} GFLOP/s, torch {fastest['torch']:,.0f}. "
+                f"Load of the machine, this process included: {min(loads):.1f} to {max(loads):.1f}.",
                 "",
                 f"| {' | '.join(COLUMNS)} |",
                 f"|---|{'---:|' * (len(COLUMNS) - 1)}",
@@ -802,7 +812,8 @@ def plot(records: list[dict], file: Path) -> None:
     names = list(dict.fromkeys(r["case"] for r in good))
     if not names:
         return
-    fig, axes = plt.subplots(1, len(names), figsize=(4 * len(names), 4), sharey=True, layout="constrained", squeeze=False)
+    shape = {"figsize": (4 * len(names), 4), "sharey": True, "squeeze": False}
+    fig, axes = plt.subplots(1, len(names), layout="constrained", **shape)
     for ax, name in zip(axes[0], names, strict=True):
         mine = sorted((r for r in good if r["case"] == name), key=lambda r: METHODS.index(r["method"]))
         for i, side in enumerate(SIDES[1:]):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..weights import Weight, attend, dot, materialize, node, static, take
+from ..weights import Weight, attend, dot, materialize, node, product, static, take
 from .base import Method
 from .lora import Factors, drop, low_rank, low_rank_arguments, low_rank_sum
 
@@ -78,7 +78,7 @@ class Stretched(Weight):
         a, b = w.a.astype(x.dtype), w.b.astype(x.dtype)
         dropped = drop(x, w.key, w.dropout)
         y = dot(w.base, dropped)
-        changed = _times(self.factor, y + w.scale * ((dropped @ a) @ b))
+        changed = _times(self.factor, y + w.scale * product(product(dropped, a), b))
         return changed if dropped is x else dot(w.base, x) - y + changed
 
     def take(self, ids):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import masks
 from ..tree import Tree, matches
-from ..weights import Weight, attend, dot, map_nodes, materialize, node, static, take
+from ..weights import Weight, attend, dot, map_nodes, materialize, node, product, static, take
 from .base import Method, Site, leaf_key, method, plain, select, wrap
 
 
@@ -43,7 +43,7 @@ class LoRA(Weight):
 
     def dot(self, x):
         a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-        return dot(self.base, x) + self.scale * ((drop(x, self.key, self.dropout) @ a) @ b)
+        return dot(self.base, x) + self.scale * product(product(drop(x, self.key, self.dropout), a), b)
 
     def take(self, ids):
         rows = take(self.base, ids)

@@ -478,18 +478,18 @@ def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> t
 
 
 def _products(prim: Any, *args: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint`: what `x W` gives is kept, for x of three axes or more and W of full rank.
+    """A policy of `jax.checkpoint`: what `x W` gives is kept, for W of full rank.
 
-    A policy reaches into the checkpoints of nodes too (`weights.Weight.dot`). There, a product of two matrices makes a
-    dense array as large as a weight, which is what those checkpoints are to keep out of memory. The low-rank `(x A) B`
-    beside `x W` would take as much memory as that and costs next to nothing.
+    A policy reaches into the checkpoints of nodes too (`weights.Weight.dot`). There, a product `A B` of low rank makes
+    a dense array as large as a weight, which is what those checkpoints are to keep out of memory. The low-rank
+    `(x A) B` beside `x W` would take as much memory as that and costs next to nothing.
     """
     if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params):
         return False
     x, w = args
     ((over, _), _) = params["dimension_numbers"]
     terms = math.prod(x.shape[i] for i in over)
-    return x.ndim > 2 and 8 * terms > w.size // terms
+    return 8 * terms > w.size // terms
 
 
 def _recompute(policy: Callable) -> Callable:
