@@ -477,21 +477,6 @@ def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> t
     )
 
 
-def _products(prim: Any, *args: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint`: what `x W` gives is kept, for W of full rank.
-
-    A policy reaches into the checkpoints of nodes too (`weights.Weight.dot`). There, a product `A B` of low rank makes
-    a dense array as large as a weight, which is what those checkpoints are to keep out of memory. The low-rank
-    `(x A) B` beside `x W` would take as much memory as that and costs next to nothing.
-    """
-    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params):
-        return False
-    x, w = args
-    ((over, _), _) = params["dimension_numbers"]
-    terms = math.prod(x.shape[i] for i in over)
-    return 8 * terms > w.size // terms
-
-
 def _recompute(policy: Callable) -> Callable:
     return lambda call, **how: nn.remat(call, policy=policy, **how)
 
@@ -500,7 +485,7 @@ def _recompute(policy: Callable) -> Callable:
 REMAT: dict[str, Callable] = {
     "none": lambda call, **how: call,  # all activations are kept
     "block": _recompute(jax.checkpoint_policies.nothing_saveable),  # its input
-    "dots": _recompute(_products),  # its input, and what its weights give of theirs
+    "dots": _recompute(jax.checkpoint_policies.save_only_these_names(weights.DOT)),  # and what its weights give
 }
 
 
