@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import masks
 from ..tree import Tree, matches
-from ..weights import Weight, attend, dot, map_nodes, materialize, node, static, take
+from ..weights import Weight, attend, dot, map_nodes, materialize, node, product, static, take
 from .base import Method, Site, leaf_key, method, plain, select, wrap
 
 
@@ -43,28 +43,17 @@ class LoRA(Weight):
 
     def dot(self, x):
         a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-        return dot(self.base, x) + self.scale * by_rows(jnp.matmul, drop(x, self.key, self.dropout) @ a, b)
+        return dot(self.base, x) + self.scale * product(product(drop(x, self.key, self.dropout), a), b)
 
     def take(self, ids):
         rows = take(self.base, ids)
-        return rows + (self.scale * by_rows(jnp.matmul, self.a[ids], self.b)).astype(rows.dtype)
+        return rows + (self.scale * product(self.a[ids], self.b)).astype(rows.dtype)
 
     def attend(self, x):
         y = attend(self.base, x)
         if self.only == "take":
             return y
-        return y + self.scale * by_rows(lambda h, a: attend(a, h), attend(self.b, x), self.a)
-
-
-def by_rows(product: Callable, h: jax.Array, w: jax.Array) -> jax.Array:
-    """`product(h, w)` of narrow activations h, (..., r), and a factor w that trains, all tokens as rows of one matrix.
-
-    The gradient of w sums over the tokens, and its product then reads the large gradient of the result as it lies in
-    memory. With two axes of tokens XLA transposes it first, on a CPU by a copy that takes as long as the product with
-    the base's weight.
-    """
-    y = product(h.reshape(-1, h.shape[-1]), w)
-    return y.reshape(*h.shape[:-1], y.shape[-1])
+        return y + self.scale * product(attend(self.b, x), self.a.T)
 
 
 def low_rank_sum(w: Any) -> jax.Array:
@@ -74,9 +63,9 @@ def low_rank_sum(w: Any) -> jax.Array:
       ValueError: it acts on the look-up of a tied embedding only.
     """
     check_whole(w)
-    base, product = materialize(w.base), w.scale * (w.a @ w.b)
-    wide = max(base.dtype, product.dtype, key=lambda dtype: dtype.itemsize)
-    return base.astype(wide) + product.astype(wide)
+    base, change = materialize(w.base), w.scale * (w.a @ w.b)
+    wide = max(base.dtype, change.dtype, key=lambda dtype: dtype.itemsize)
+    return base.astype(wide) + change.astype(wide)
 
 
 def check_whole(w: Any) -> None:
