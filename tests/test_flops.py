@@ -103,12 +103,20 @@ def linear(p: Products, acts: Acts, kind: str, tokens: int, inputs: int, outputs
     return y or kind in (*acts.outputs, *acts.beside)
 
 
-def attention(p: Products, acts: Acts, x: bool, kv_heads: int) -> bool:
+def pairs(queries: int, keys: int, causal: bool) -> int:
+    """Queries times the keys they are multiplied with: of a decoder, in two blocks, each without the keys after it."""
+    if not causal:
+        return queries * keys
+    half = -(-queries // 2)
+    return half * (keys - queries + half) + (queries - half) * keys
+
+
+def attention(p: Products, acts: Acts, x: bool, kv_heads: int, causal: bool) -> bool:
     tokens, queries = ROWS * (acts.tokens + LENGTH), acts.tokens + LENGTH
     q = linear(p, acts, "query", tokens, D, D, x)
     k, v = (linear(p, acts, kind, tokens, D, kv_heads * SIZE, x) or acts.keys > 0 for kind in ("key", "value"))
-    scores = p(ROWS * HEADS * queries, SIZE, acts.keys + queries, q, k)
-    y = p(ROWS * HEADS * queries, acts.keys + queries, SIZE, scores, v)
+    seen = pairs(queries, acts.keys + queries, causal)
+    y = p(ROWS * HEADS, seen, SIZE, p(ROWS * HEADS, SIZE, seen, q, k), v)
     return linear(p, acts, "attention_out", tokens, D, D, y)
 
 
@@ -123,7 +131,7 @@ def block(p: Products, acts: Acts, x: bool, post_norm: bool, kv_heads: int, mlp_
     """A residual block, its norms before (Llama, GPT-2) or after (BERT) its halves."""
     tokens, before, after = ROWS * (acts.tokens + LENGTH), acts.norms and not post_norm, acts.norms and post_norm
     h = x or before
-    y = adapted(p, acts, "attention_output", tokens, attention(p, acts, h, kv_heads), h)
+    y = adapted(p, acts, "attention_output", tokens, attention(p, acts, h, kv_heads, not post_norm), h)
     x = x or y or after
     h = x or before
     inner = [linear(p, acts, "mlp_in", tokens, D, FF, h) for _ in range(mlp_in)]
