@@ -756,12 +756,12 @@ def row(r: dict) -> list[str]:
 def report(records: list[dict], options: Options, stem: str) -> str:
     """The results in Markdown."""
     good = [r for r in records if "why" not in r]
+    threads = "" if options.threads is None else f" --threads {options.threads}"
     lines = [
         "# A training step here and in Hugging Face PEFT",
         "",
-        f"`python experiments/speed.py --scale {options.scale}"
-        f"{'' if options.threads is None else f' --threads {options.threads}'}`; the script says what is compared and how. Ratios are "
-        "medians over turns of seconds over ours, quartiles in brackets: above 1, ours is the faster one. 'use': share "
+        f"`python experiments/speed.py --scale {options.scale}{threads}`; the script says what is compared and how. Ratios "
+        "are "medians over turns of seconds over ours, quartiles in brackets: above 1, ours is the faster one. 'use': share "
         "of the measured rate of matrix products. Peaks: of ours XLA's plan, of theirs the allocator's. 'torch': what "
         f"`torch.compile` took. {CLOCK if options.threads == 1 else ''}".strip(),
         "",
