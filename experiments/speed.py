@@ -39,6 +39,7 @@ os.environ.setdefault(
 
 import contextlib
 import dataclasses
+import importlib
 import importlib.metadata
 import json
 import math
@@ -113,8 +114,7 @@ def bert(width: int, layers: int, **sizes) -> Any:
         intermediate_size=4 * width,
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
-        num_labels=2,
-        **sizes,
+        **{"num_labels": 2, **sizes},
     )
 
 
@@ -274,7 +274,7 @@ def numbers(case: Case) -> tuple[np.ndarray, np.ndarray]:
 
 def quantized(case: Case) -> Any:
     """bitsandbytes' NF4 of the blocks' linear layers, as ours has it."""
-    import bitsandbytes  # noqa: F401 - transformers' own message of its absence is about an update
+    importlib.import_module("bitsandbytes")  # transformers' own message of its absence is about an update
 
     skipped = ["lm_head", "classifier", "pooler"]
     dtype = getattr(torch, case.dtype)
@@ -411,7 +411,7 @@ def ours(case: Case, method: str, folder: Path, adapter: Path | None) -> Side:
         return metrics["loss"]
 
     def peak():
-        plan = compiled.memory_analysis()
+        plan: Any = compiled.memory_analysis()
         arguments = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
         return arguments + plan.temp_size_in_bytes
 
@@ -632,7 +632,7 @@ def apart(function: Callable, *arguments, limit: float = 600.0) -> Any:
     The process is a fork of this one, which has imported everything and computed nothing; a fresh one where an import
     (bitsandbytes') has started CUDA.
     """
-    context = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
+    context: Any = multiprocessing.get_context("spawn" if torch.cuda.is_initialized() else "fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_send, args=(sender, function, arguments))
     with warnings.catch_warnings():
@@ -756,14 +756,14 @@ def row(r: dict) -> list[str]:
 def report(records: list[dict], options: Options, stem: str) -> str:
     """The results in Markdown."""
     good = [r for r in records if "why" not in r]
+    threads = "" if options.threads is None else f" --threads {options.threads}"
     lines = [
         "# A training step here and in Hugging Face PEFT",
         "",
-        f"`python experiments/speed.py --scale {options.scale}"
-        f"{'' if options.threads is None else f' --threads {options.threads}'}`; the script says what is compared and how. Ratios are "
-        "medians over turns of seconds over ours, quartiles in brackets: above 1, ours is the faster one. 'use': share "
-        "of the measured rate of matrix products. Peaks: of ours XLA's plan, of theirs the allocator's. 'torch': what "
-        f"`torch.compile` took. {CLOCK if options.threads == 1 else ''}".strip(),
+        f"`python experiments/speed.py --scale {options.scale}{threads}`; the script says what is compared and how. "
+        "Ratios are medians over turns of seconds over ours, quartiles in brackets: above 1, ours is the faster one. "
+        "'use': share of the measured rate of matrix products. Peaks: of ours XLA's plan, of theirs the allocator's. "
+        f"'torch': what `torch.compile` took. {CLOCK if options.threads == 1 else ''}".strip(),
         "",
     ]
     for facts in dict.fromkeys(
