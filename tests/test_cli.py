@@ -1,5 +1,6 @@
 """The command line as a user meets it: every verb, what it leaves, and one clear line for what is wrong."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -17,7 +19,7 @@ import tiny
 import transformers
 from conftest import SHARED, STORIES, needs_shared
 
-from peftjax import METHODS, compare as comparison, hub, loop, run
+from peftjax import METHODS, compare as comparison, hub, run
 from peftjax.checkpoint import save_adapter
 from peftjax.cli import _rates, main
 from peftjax.models import FAMILIES
@@ -543,63 +545,67 @@ def test_rates():
 # Interrupted and killed
 
 
-def test_ctrl_c_saves_the_state_and_says_how_to_resume(at, tmp_path, call, monkeypatch):
+@pytest.fixture
+def bar(monkeypatch):
+    """The records that the progress bar is given, as (title, step); `bar.cut_at` is a step at which Ctrl-C comes."""
+    seen = types.SimpleNamespace(steps=[], cut_at=None)
+
+    @contextlib.contextmanager
+    def watch(console, title):
+        def report(record):
+            if "loss" not in record:
+                return
+            seen.steps.append((title, record["step"]))
+            if record["step"] == seen.cut_at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield report
+
+    monkeypatch.setattr("peftjax.progress.watch", watch)
+    return seen
+
+
+def test_ctrl_c_saves_the_state_and_says_how_to_resume(at, tmp_path, call, monkeypatch, bar):
     monkeypatch.setattr(sys, "argv", ["peftjax", "train", "--method", "lora(rank=2)"])
-    noted = loop._records
-
-    def interrupt(step, *args):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return noted(step, *args)
-
-    arguments = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 6, "--out")
-    with monkeypatch.context() as m:
-        m.setattr(loop, "_records", interrupt)
-        status, _, err = call(*arguments, tmp_path / "cut")
+    arguments = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 9, "--out")
+    bar.cut_at = 2
+    status, _, err = call(*arguments, tmp_path / "cut")
     assert status == 130
     assert "its state is saved in" in err
     assert "run the same command again: peftjax train --method 'lora(rank=2)'" in err
     assert err.count("\n") == 1
+    assert len(bar.steps) < 9
+    bar.cut_at = None
     assert call(*arguments, tmp_path / "cut")[0] == 0
     assert call(*arguments, tmp_path / "whole")[0] == 0
     assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole")
 
 
-def test_runs_in_one_program_resume_whatever_the_next_command_asks_for(at, tmp_path, call, monkeypatch):
-    verb = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 6, "--out", tmp_path)
-    noted, finish = loop._records, run._finish
-
-    def interrupt(step, *args):
-        if step == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-        return noted(step, *args)
-
-    with monkeypatch.context() as m:
-        m.setattr(loop, "_records", interrupt)
-        status, _, err = call(*verb, "--seeds", 2)
+def test_runs_in_one_program_resume_whatever_the_next_command_asks_for(at, tmp_path, call, monkeypatch, bar):
+    verb = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 9, "--out", tmp_path)
+    bar.cut_at = 2
+    status, _, err = call(*verb, "--seeds", 2)
     assert status == 130
     assert err.count("together-") == 1
-    seen = []
-
-    def note(step, *args):
-        seen.append((step, args[1]))
-        return noted(step, *args)
+    done, bar.cut_at = bar.steps[-1][1], None
+    bar.steps.clear()
+    finish = run._finish
 
     def cut(job, *args):
         if job.settings.seed == 1:
             raise KeyboardInterrupt
         return finish(job, *args)
 
-    monkeypatch.setattr(loop, "_records", note)
     with monkeypatch.context() as m:
         m.setattr(run, "_finish", cut)
         assert call(*verb, "--seeds", 3)[0] == 130  # the two first, from where they were; then the scoring is cut off
-    assert [step for step, _ in seen] == [4, 5, 6]
-    assert {n for _, n in seen} == {2}
+    assert bar.steps == [("lora(rank=2), 2 runs", step) for step in range(done + 1, 10)]
     assert len([*tmp_path.glob("runs/*/result.json")]) == 1
-    seen.clear()
+    bar.steps.clear()
     assert call(*verb, "--seeds", 3)[0] == 0
-    assert seen == [(step, 1) for step in range(1, 7)]  # only the third is still to be trained
+    assert bar.steps == [
+        ("lora(rank=2) seed 2", step) for step in range(1, 10)
+    ]  # only the third is still to be trained
     assert len([*tmp_path.glob("runs/*/result.json")]) == 3
     assert not [*tmp_path.glob("runs/together-*")]
 
