@@ -276,7 +276,7 @@ def quantized(case: Case) -> Any:
     """bitsandbytes' NF4 of the blocks' linear layers, as ours has it."""
     importlib.import_module("bitsandbytes")  # transformers' own message of its absence is about an update
 
-    skipped = ["lm_head", "classifier", "pooler"]
+    skipped = ["lm_head", "classifier", "pooler.dense"]  # where names end
     dtype = getattr(torch, case.dtype)
     return transformers.BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=skipped

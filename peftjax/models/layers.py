@@ -275,8 +275,8 @@ def attention(
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (extra, 0)), constant_values=True)
     drops = bool(dropout) and not deterministic
 
-    def drop(p):
-        return nn.Dropout(dropout, parent=module)(p, deterministic=False) if drops else p
+    def drop(weights):
+        return nn.Dropout(dropout, parent=module)(weights, deterministic=False) if drops else weights
 
     def attend(q, k, v, bias, mask):
         hidden = k.shape[1] - q.shape[1]  # keys before the first query's own
@@ -312,10 +312,13 @@ def _ends(queries: int) -> list[int]:
 
 
 def _attend(q, k, v, bias, mask, scale, cap, drop):
-    """`softmax(q k) v` with the heads first, so that both are products of matrices; scores and softmax are float32.
+    """`softmax(q k) v`, heads first, so that both are products of matrices; scores, sums and quotients are float32.
+
+    It divides at the end, where there is less to divide, and the gradient by a score is `p (dp - y dy)` as in flash
+    attention: where p is nearly 1 that difference is rounded as its terms are, as it is not in a softmax of its own.
 
     Args:
-      as for `attention`, but the mask is for all keys, and `drop` takes the probabilities.
+      as for `attention`, but the mask is for all keys, and `drop` takes what is to be divided.
 
     Returns:
       (batch, queries, heads, size)
@@ -332,8 +335,10 @@ def _attend(q, k, v, bias, mask, scale, cap, drop):
     if bias is not None:
         scores = scores + bias.astype(jnp.float32).reshape(-1, shared, heads // shared, *bias.shape[2:])
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-    p = drop(jax.nn.softmax(scores, axis=-1)).astype(v.dtype).reshape(batch, shared, -1, keys)
-    y = jax.lax.dot_general(p, v, (((3,), (2,)), both)).reshape(batch, shared, -1, queries, size)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    dropped = drop(weights).astype(v.dtype).reshape(batch, shared, -1, keys)
+    y = jax.lax.dot_general(dropped, v, (((3,), (2,)), both), preferred_element_type=jnp.float32)
+    y = (y.reshape(batch, shared, -1, queries, size) / weights.sum(-1, keepdims=True)).astype(q.dtype)
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, size)
 
 
