@@ -91,7 +91,7 @@ class Stretched(Weight):
         if w.only == "take":
             return attend(w.base, x)
         x = _times(self.factor, x)
-        return attend(w.base, x) + w.scale * product(attend(w.b, x), w.a.T)
+        return attend(w.base, x) + w.scale * product(attend(w.b, x), w.a.T.astype(x.dtype))
 
 
 def _times(c: jax.Array, y: jax.Array) -> jax.Array:

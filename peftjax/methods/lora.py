@@ -53,7 +53,7 @@ class LoRA(Weight):
         y = attend(self.base, x)
         if self.only == "take":
             return y
-        return y + self.scale * product(attend(self.b, x), self.a.T)
+        return y + self.scale * product(attend(self.b, x), self.a.T.astype(x.dtype))
 
 
 def low_rank_sum(w: Any) -> jax.Array:
