@@ -27,6 +27,7 @@ import transformers
 import tyro
 
 from peftjax import hub
+from peftjax.devices import keep_memory
 from peftjax.hub import Model
 from peftjax.problem import loss_of
 from peftjax.run import entries_for
@@ -64,6 +65,7 @@ class How:
 
 
 def main(how: How) -> None:
+    keep_memory()  # as the command line does
     how.out.mkdir(parents=True, exist_ok=True)
     cases = [*how.cases, *(["bert-base 32x128"] if how.base else [])]
     records = [measure(case, method, how) for case in cases for method in how.methods]

@@ -1082,11 +1082,12 @@ Command = (
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line and runs the verb; errors that a user can mend are one line and exit status 1."""
     args = tyro.cli(Command, prog="peftjax", description=(__doc__ or "").partition("\n")[0], args=argv)
-    from .devices import keep_to_cpu
+    from .devices import keep_memory, keep_to_cpu
 
     keep_to_cpu()
     try:
         if type(args) not in LIGHT:
+            keep_memory()
             _keep_programs()
         VERBS[type(args)](args)
     except (ValueError, OSError, ArithmeticError) as e:

@@ -3,7 +3,11 @@
 import functools
 import importlib.util
 import json
+import os
+import platform
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -425,3 +429,27 @@ def test_measuring_runs_the_step(monkeypatch):
     assert memory.measure(case_of()) == 12345
     ((_, metrics),) = ran
     assert metrics["loss"].shape == ()
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from peftjax.devices import keep_memory
+print(keep_memory())
+for i in range(12):
+    if i == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(8_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has mallopt")
+@pytest.mark.parametrize(("own", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)], ids=["default", "said"])
+def test_a_process_keeps_its_memory_unless_it_is_told_how_to(own, kept):
+    """Ten arrays of 64 MB, one after another: page faults where each is mapped anew."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))} | own
+    out = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True).stdout
+    said, faults = out.split()
+    assert said == str(kept)
+    assert (int(faults) < 100) == kept
