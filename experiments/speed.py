@@ -65,11 +65,13 @@ import tyro
 
 from peftjax import costs, hub
 from peftjax.counting import flops as count_flops
+from peftjax.devices import keep_memory
 from peftjax.interop import load_peft
 from peftjax.methods import Method, adalora, chain, full, head, prefix
 from peftjax.problem import loss_of
+from peftjax.together import share
 from peftjax.train import Settings, make_optimizer, make_step, start
-from peftjax.tree import Tree, count, distinct
+from peftjax.tree import Tree, count
 
 OUT = Path(__file__).parents[1] / "experiments/results/speed"
 METHODS = ("full", "lora", "dora", "prefix", "adalora", "ia3", "qlora")
@@ -168,6 +170,8 @@ class Options:
       compiled: methods that `torch.compile` is tried on.
       threads: of each side on a CPU; default: all cores. With one, time is the process's on the CPU, not the clock's:
         other programs on the machine move it little, while two threads that wait for each other lose far more of it.
+      allocator: 'kept': both sides in a process that keeps the memory it frees, as the command line's do
+        (`peftjax.devices.keep_memory`); 'default': glibc's.
       most_load: a cell that is there but was taken under a load (of this process and others) above it is run again.
       minutes: after which no cell is begun.
       out: where the results go.
@@ -180,6 +184,7 @@ class Options:
     turn: float = 0.5
     compiled: tuple[str, ...] = COMPILED
     threads: int | None = None
+    allocator: Literal["kept", "default"] = "kept"
     most_load: float = math.inf
     minutes: float = math.inf
     out: Path = OUT
@@ -392,7 +397,7 @@ def ours(case: Case, method: str, folder: Path, adapter: Path | None) -> Side:
     tx = make_optimizer(settings, int(PRUNING["total"]), how)
     state, frozen = start(how, params, tx)
     model, params = model._replace(params=None), None  # what trains is a copy by now
-    frozen, whole = distinct(frozen)
+    frozen, _, whole = share([frozen])
     inner = make_step(loss_of(model, case.kind), how, tx)
     jitted = jax.jit(lambda state, frozen, batch, key: inner(state, whole(frozen), batch, key), donate_argnums=0)
     ids, labels = (jnp.asarray(x, jnp.int32) for x in numbers(case))
@@ -600,6 +605,8 @@ def cell(options: Options, name: str, method: str, folder: Path, repeats: int) -
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])  # XLA's pool is of that size
         torch.set_num_threads(options.threads)
     clock = time.process_time if options.threads == 1 else time.perf_counter
+    if options.allocator == "kept":
+        keep_memory()
     try:
         if scale == "gpu":
             torch.set_float32_matmul_precision("high")
@@ -659,6 +666,7 @@ def main(options: Options) -> None:
     if unknown := [c for c in cases if c not in known] + [m for m in options.methods if m not in METHODS]:
         raise ValueError(f"there is no {unknown[0]!r}; cases are {', '.join(known)}, methods {', '.join(METHODS)}")
     stem = options.scale if options.threads is None else f"{options.scale}-{options.threads}"
+    stem += "" if options.allocator == "kept" else f"-{options.allocator}"
     file = options.out / f"{stem}.jsonl"
     options.out.mkdir(parents=True, exist_ok=True)
     cells = [(c, m) for m in FIRST for c in cases if m in options.methods and m in known[c].methods]
@@ -756,11 +764,12 @@ def row(r: dict) -> list[str]:
 def report(records: list[dict], options: Options, stem: str) -> str:
     """The results in Markdown."""
     good = [r for r in records if "why" not in r]
-    threads = "" if options.threads is None else f" --threads {options.threads}"
+    flags = "" if options.threads is None else f" --threads {options.threads}"
+    flags += "" if options.allocator == "kept" else f" --allocator {options.allocator}"
     lines = [
         "# A training step here and in Hugging Face PEFT",
         "",
-        f"`python experiments/speed.py --scale {options.scale}{threads}`; the script says what is compared and how. "
+        f"`python experiments/speed.py --scale {options.scale}{flags}`; the script says what is compared and how. "
         "Ratios are medians over turns of seconds over ours, quartiles in brackets: above 1, ours is the faster one. "
         "'use': share of the measured rate of matrix products. Peaks: of ours XLA's plan, of theirs the allocator's. "
         f"'torch': what `torch.compile` took. {CLOCK if options.threads == 1 else ''}".strip(),
