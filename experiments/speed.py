@@ -830,13 +830,13 @@ def plot(records: list[dict], file: Path) -> None:
                 if (found := ratios(r, side)) is not None:
                     low, middle, high = found
                     spread = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
-                    label = side if x == 0 else None
-                    ax.bar(x + 0.4 * i - 0.2, middle, 0.38, yerr=spread, color=f"C{i}", capsize=2, label=label)
+                    ax.bar(x + 0.4 * i - 0.2, middle, 0.38, yerr=spread, color=f"C{i}", capsize=2)
         ax.axhline(1.0, color="0.4", linewidth=1)
         ax.set_xticks(range(len(mine)), [r["method"] for r in mine], rotation=45, ha="right")
         ax.set_title(name, fontsize=10)
     axes[0][0].set_ylabel("PEFT's seconds / ours")
-    axes[0][0].legend(frameon=False, fontsize=8)
+    colours = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(2)]
+    axes[0][0].legend(colours, SIDES[1:], frameon=False, fontsize=8)
     fig.savefig(file, dpi=120)
     plt.close(fig)
 
