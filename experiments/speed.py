@@ -816,6 +816,7 @@ def plot(records: list[dict], file: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     good = [r for r in records if "why" not in r]
     names = list(dict.fromkeys(r["case"] for r in good))
@@ -835,7 +836,7 @@ def plot(records: list[dict], file: Path) -> None:
         ax.set_xticks(range(len(mine)), [r["method"] for r in mine], rotation=45, ha="right")
         ax.set_title(name, fontsize=10)
     axes[0][0].set_ylabel("PEFT's seconds / ours")
-    colours = [plt.Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(2)]
+    colours = [Rectangle((0, 0), 1, 1, color=f"C{i}") for i in range(2)]
     axes[0][0].legend(colours, SIDES[1:], frameon=False, fontsize=8)
     fig.savefig(file, dpi=120)
     plt.close(fig)
