@@ -20,6 +20,7 @@ To write a new weight method, write a dataclass with its fields, say which field
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
@@ -282,7 +283,8 @@ def product(x: jax.Array, w: jax.Array) -> jax.Array:
 
     Over two, XLA's CPU compiler makes it without its fast kernels, in up to ten times the seconds.
     """
-    return (x.reshape(-1, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
+    rows = math.prod(x.shape[:-1])  # said, as there may be no column to tell: a rank of 0
+    return (x.reshape(rows, x.shape[-1]) @ w).reshape(*x.shape[:-1], w.shape[-1])
 
 
 def take(w: Any, ids: jax.Array) -> jax.Array:
