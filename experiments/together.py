@@ -2,7 +2,7 @@
 
     python experiments/together.py
 
-writes `experiments/results/together/` (`results.jsonl`, `report.md`). Steps of n seeds, each with its own batch, are
+writes `experiments/results/together/` (`results.jsonl`, `report.md`; with `--allocator default`, `-default`). Steps of n seeds, each with its own batch, are
 timed in three ways that take turns in one process:
 
 - separate: the compiled step of one run, called n times;
@@ -19,7 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -52,6 +52,7 @@ class How:
       seeds: how many.
       steps: of the whole training that is reckoned.
       repeats: of each timing.
+      allocator: 'kept': the process keeps the memory it frees, as the command line's does; 'default': glibc's.
       base: BERT-base itself, too, at 32 x 128 tokens (for a GPU).
     """
 
@@ -60,17 +61,20 @@ class How:
     seeds: int = 8
     steps: int = 228
     repeats: int = 9
+    allocator: Literal["kept", "default"] = "kept"
     base: bool = False
     out: Path = OUT
 
 
 def main(how: How) -> None:
-    keep_memory()  # as the command line does
+    if how.allocator == "kept":
+        keep_memory()
     how.out.mkdir(parents=True, exist_ok=True)
     cases = [*how.cases, *(["bert-base 32x128"] if how.base else [])]
     records = [measure(case, method, how) for case in cases for method in how.methods]
-    (how.out / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    (how.out / "report.md").write_text(report(records, how))
+    end = "" if how.allocator == "kept" else f"-{how.allocator}"
+    (how.out / f"results{end}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    (how.out / f"report{end}.md").write_text(report(records, how))
     print(table(records))
 
 
@@ -182,7 +186,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def report(records: list[dict[str, Any]], how: How) -> str:
-    first = records[0]
+    first, loads = records[0], [r["load"] for r in records]
+    flag = "" if how.allocator == "kept" else f" --allocator {how.allocator}"
     return "\n".join(
         [
             f"# {how.seeds} seeds in one program",
@@ -191,7 +196,7 @@ def report(records: list[dict[str, Any]], how: How) -> str:
             "- ratio: to the separate steps, below 1 is faster; median of the ratios of neighbouring timings",
             f"- whole: a training of {how.steps} steps with its compilation, which separate runs do {how.seeds} times",
             f"- jax {first['jax']}, {first['device']}",
-            "- command: `python experiments/together.py`",
+            f"- command: `python experiments/together.py{flag}`; load of the machine {min(loads):.1f} to {max(loads):.1f}",
             "",
             table(records),
         ]
