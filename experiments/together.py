@@ -2,8 +2,8 @@
 
     python experiments/together.py
 
-writes `experiments/results/together/` (`results.jsonl`, `report.md`; with `--allocator default`, `-default`). Steps of n seeds, each with its own batch, are
-timed in three ways that take turns in one process:
+writes `experiments/results/together/` (`results.jsonl`, `report.md`; with `--allocator default`, `-default` in their
+names). Steps of n seeds, each with its own batch, are timed in three ways that take turns in one process:
 
 - separate: the compiled step of one run, called n times;
 - lanes 1: one program in which the runs follow each other (`jax.lax.map`);
@@ -195,8 +195,8 @@ def report(records: list[dict[str, Any]], how: How) -> str:
             f"- a step of all {how.seeds} seeds, each with its own batch; medians of {how.repeats} that took turns",
             "- ratio: to the separate steps, below 1 is faster; median of the ratios of neighbouring timings",
             f"- whole: a training of {how.steps} steps with its compilation, which separate runs do {how.seeds} times",
-            f"- jax {first['jax']}, {first['device']}",
-            f"- command: `python experiments/together.py{flag}`; load of the machine {min(loads):.1f} to {max(loads):.1f}",
+            f"- jax {first['jax']}, {first['device']}, load of the machine {min(loads):.1f} to {max(loads):.1f}",
+            f"- command: `python experiments/together.py{flag}`",
             "",
             table(records),
         ]
