@@ -142,9 +142,9 @@ def _train_all(
         if (job.folder / "result.json").is_file():
             say(f"{_title(job)}: already trained, taken from {job.folder}")
             found[job.folder] = run(*job, evaluator=evaluator)
-    for group, fitting in _programs([*{job.folder: job for job in jobs}.values()]):
+    for group, at_once in _programs([*{job.folder: job for job in jobs}.values()], lanes):
         with watch(_titles(group)) as note:
-            ended = run_together(group, lanes=lanes or fitting, evaluator=evaluator, report=note)
+            ended = run_together(group, lanes=at_once, evaluator=evaluator, report=note)
         for job, result in zip(group, ended, strict=True):
             found[job.folder] = result
             if isinstance(result, NonFinite):
@@ -153,27 +153,27 @@ def _train_all(
     return [r if isinstance(r, NonFinite) else r | {"method": job.entry.name} for job, r in results]
 
 
-def _programs(jobs: Sequence[Job]) -> Iterator[tuple[list[Job], int]]:
+def _programs(jobs: Sequence[Job], lanes: int | None) -> Iterator[tuple[list[Job], int]]:
     """What is to be trained in one program, and how many of it at once: what was cut off as it was, then by kin."""
     begun = cut_off(jobs)
     for group in begun:
-        yield group, _room(group)[1]
+        yield group, _room(group, lanes)[1]
     there, kin = {job.folder for group in begun for job in group}, {}
     for job in jobs:
         if job.folder not in there and not (job.folder / "result.json").is_file():
             kin.setdefault(_kin(job), []).append(job)
     for group in kin.values():
-        size, lanes = _room(group)
+        size, at_once = _room(group, lanes)
         for i in range(0, len(group), size):
-            yield group[i : i + size], min(lanes, size)
+            yield group[i : i + size], min(at_once, size)
 
 
-def _room(jobs: Sequence[Job]) -> tuple[int, int]:
+def _room(jobs: Sequence[Job], lanes: int | None) -> tuple[int, int]:
     """`memory.room_for` runs as large as the largest of these."""
     if len(jobs) == 1:
         return 1, 1
     largest = max(jobs, key=lambda job: sum(a.get("rank", 0) for _, a in job.entry.method.spec))
-    return memory.room_for(_case(largest), devices.present(), len(jobs))
+    return memory.room_for(_case(largest), devices.present(), len(jobs), lanes)
 
 
 def _case(job: Job) -> memory.Case:

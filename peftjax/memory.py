@@ -370,18 +370,27 @@ def _surely_fits(step: Step, device: Device) -> bool:
     return step.held + margin * bound(step.call.trace(*step.arguments).jaxpr) <= device.room
 
 
-def room_for(case: Case, device: Device, runs: int) -> tuple[int, int]:
+COPIED = 64 * 2**20  # bytes of what trains, with its optimizer's state, that a program in turn copies in little time
+
+
+def room_for(case: Case, device: Device, runs: int, lanes: int | None = None) -> tuple[int, int]:
     """How many of so many runs a program on the device can hold, and how many of these at once (`lanes`).
 
     First fewer at once, then fewer in a program: halves, as for all a step may have to be compiled. On a CPU one is
-    computed at a time, since its caches hold the activations of one better than of several
-    (experiments/results/together).
+    computed at a time, since its caches hold the activations of one better than of several; and runs that train much
+    (`COPIED`) go apart, as such a program copies their states (experiments/results/together).
+
+    Args:
+      lanes: how many at once at most, whatever the device; default: as said.
 
     >>> from peftjax import devices
     >>> room_for(None, devices.find("cpu"), 1)
     (1, 1)
     """
-    lanes = 1 if device.platform == "cpu" else runs
+    if lanes is None and runs > 1 and device.platform == "cpu":
+        one = lay_out(case)
+        lanes, runs = 1, 1 if one.trainable + one.optimizer > COPIED else runs
+    lanes = min(runs, lanes or runs)
     while runs > 1:
         tried = case._replace(runs=runs, lanes=lanes)
         step = lay_out(tried)

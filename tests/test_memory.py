@@ -118,6 +118,10 @@ def test_runs_that_do_not_fit_go_in_turn_or_in_groups(cpu, monkeypatch):
     assert memory.room_for(case_of(), gpu._replace(memory=1000), 4) == (1, 1)
     monkeypatch.undo()
     assert memory.room_for(case_of(), cpu, 4) == (4, 1)
+    assert memory.room_for(case_of(), cpu, 4, lanes=3) == (4, 3)
+    much = case_of(method=full(), vocab_size=300_000)
+    assert memory.room_for(much, cpu, 4) == (1, 1)
+    assert memory.room_for(much, cpu, 4, lanes=1) == (4, 1)
     held = [lay_out(case_of()._replace(runs=n)).held for n in (2, 4)]
     assert memory.room_for(case_of(), cpu._replace(memory=held[1] - 1), 4)[0] < 4
 
