@@ -291,11 +291,11 @@ class _Program:
     def __init__(self, runs: Sequence[Run], method: Method, objective: Objective, total: int, lanes: int):
         settings = runs[0].settings
         self.runs, self.n, self.method, self.layout = runs, len(runs), method, settings.layout
-        self.counts = [count(partition(r.params, method.trainable(r.params))[0]) for r in runs]  # before any padding
         self.padded = alike([r.params for r in runs])
         txs = [make_optimizer(r.settings, total, method) for r in runs]
         how = (settings.layout, settings.trainable_dtype, once(jnp.stack))
         states, frozen = zip(*(start(method, p, tx, *how) for p, tx in zip(self.padded, txs, strict=True)), strict=True)
+        self.counts = [count(partition(r.params, method.trainable(r.params))[0]) for r in runs]  # before any padding
         self.state, (self.frozen, self.axes, self.whole) = stack(states), share(frozen)
         self.one_order = len({r.settings.order for r in runs}) == 1
         self.repeats = self.n if self.one_order else 1
