@@ -192,7 +192,7 @@ def keep_memory() -> bool:
     """Has the process keep what it frees, on Linux with glibc; whether it could.
 
     XLA's programs on a CPU take their temporaries anew in every call. By default large ones go back to the system each
-    time and are mapped again page by page, which takes a fifth to a third of a small model's training step
+    time and are mapped again page by page, which takes a tenth to a fifth of a small model's training step
     (experiments/results/speed/log.md). With this the process stays as large as it ever was. It is for programs that
     train and for nothing else; the command line calls it. Where the environment says how to allocate
     (`MALLOC_*`, `GLIBC_TUNABLES`), that stays.
