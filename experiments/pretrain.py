@@ -27,8 +27,9 @@ import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from peftjax import hub
+from peftjax.loop import fit
 from peftjax.methods import full
-from peftjax.train import Settings, fit
+from peftjax.train import Settings
 from peftjax.tree import count
 
 SPECIAL = ("<pad>", "<s>", "</s>")

@@ -328,7 +328,7 @@ class StateFolder:
         import orbax.checkpoint as ocp
 
         self._ocp = ocp
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=False)
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, enable_async_checkpointing=True)
         self._manager = ocp.CheckpointManager(Path(folder).resolve(), options=options)
 
     def latest(self) -> int | None:
@@ -336,10 +336,13 @@ class StateFolder:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Tree, meta: dict) -> None:
-        """Saves the state's arrays and JSON beside them under a step."""
+        """Saves the state's arrays and JSON beside them under a step; they are copied, and written in a thread.
+
+        `close` waits for it, as the next `save` does.
+        """
         if step == self.latest():
             return
-        arrays = {f"{i:05d}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
+        arrays = {f"{i:05d}": np.asarray(x) for i, x in enumerate(jax.device_get(jax.tree.leaves(state)))}
         args = self._ocp.args
         meta = {"arrays": _shapes(state), "meta": meta}
         self._manager.save(step, args=args.Composite(state=args.StandardSave(arrays), meta=args.JsonSave(meta)))

@@ -81,6 +81,7 @@ class Training:
       update: of all parameters at the end, or of each layer inside the backward pass, which then never holds the
         gradients of all layers at once (a scan does): to train everything in less memory; it needs --clip 0.
       trainable_dtype: of what trains; bfloat16 halves its memory and rounds updates at random (moments stay float32).
+      data_seed: one order of the data for all seeds; default: each seed has its own.
     """
 
     epochs: int = 3
@@ -96,6 +97,7 @@ class Training:
     layout: Literal["loop", "scan"] = "loop"
     update: Literal["whole", "backward"] = "whole"
     trainable_dtype: Literal["float32", "bfloat16"] = "float32"
+    data_seed: int | None = None
 
 
 @dataclasses.dataclass
@@ -120,10 +122,11 @@ class Compare:
     Attributes:
       methods: separated by commas; `+` chains, arguments as in Python: "head,lora(rank=4),prefix+bitfit"; "all";
         default: a selection of every kind.
-      seeds: number of seeds, counted from 0.
+      seeds: number of seeds, counted from 0; those of a method train in one program where the memory allows it.
       lr: learning rate for all, or by method: "full=1e-4,lora=1e-3"; default: each method's own.
       out: where results, report, plots and adapters go; default: runs/MODEL-TASK.
       pack: put several texts of a generation task into a row of max_length tokens.
+      lanes: runs of a program that are computed at once; default: what the memory allows, on a CPU one.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
@@ -134,18 +137,24 @@ class Compare:
     lr: str = ""
     out: Path | None = None
     pack: bool = False
+    lanes: int | None = None
 
 
 @dataclasses.dataclass
 class Train:
     """Trains one method; a run that was cut off resumes when the same command is given again.
 
+    Several seeds, learning rates or ranks train in one program, and what they leave is as of compare.
+
     Attributes:
       method: such as "lora", "lora(rank=4, targets=['linear'])" or "lora+bitfit".
-      seed: fixes everything that is random.
-      lr: learning rate; default: the method's own.
+      seed: fixes everything that is random; the first, if there are several.
+      seeds: number of seeds.
+      lr: learning rate, or several: 1e-4,3e-4,1e-3; default: the method's own.
+      ranks: of a LoRA, several: 1,2,4,8.
       out: where the adapter, the log and the training state go.
       pack: put several texts of a generation task into a row of max_length tokens.
+      lanes: as of compare.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
@@ -153,9 +162,12 @@ class Train:
     decode: tyro.conf.OmitArgPrefixes[Decode]
     method: str = "lora"
     seed: int = 0
-    lr: float | None = None
+    seeds: int = 1
+    lr: str = ""
+    ranks: str = ""
     out: Path = Path("runs/train")
     pack: bool = False
+    lanes: int | None = None
 
 
 @dataclasses.dataclass
@@ -645,6 +657,7 @@ def compare(args: Compare) -> None:
         say=_say,
         decoding=_decoding(args.decode),
         pack=args.pack,
+        lanes=args.lanes,
         **_prepare(args.base),
     )
     console.print(*found, sep="\n")
@@ -654,21 +667,23 @@ def compare(args: Compare) -> None:
 def train(args: Train) -> None:
     from . import compare as comparison
 
-    result = comparison.train(
-        args.base.model,
-        args.base.task,
-        args.base.data,
-        method=args.method,
-        rate=args.lr,
-        out=args.out,
-        settings=dataclasses.replace(_settings(args.training), seed=args.seed),
-        watch=_watch,
-        say=_say,
-        decoding=_decoding(args.decode),
-        pack=args.pack,
-        **_prepare(args.base),
-    )
-    _say_trained(result, args.out)
+    if args.seeds < 1:
+        raise ValueError(f"seeds must be at least 1; got {args.seeds}")
+    rates, ranks = _numbers(args.lr, "learning rates", "1e-4,3e-4,1e-3", float), _ranks(args.ranks)
+    where = (args.base.model, args.base.task, args.base.data)
+    common: dict[str, Any] = {"method": args.method, "out": args.out, "watch": _watch, "say": _say}
+    common |= {"decoding": _decoding(args.decode), "pack": args.pack, **_prepare(args.base)}
+    settings = dataclasses.replace(_settings(args.training), seed=args.seed)
+    if args.seeds > 1 or len(rates) > 1 or ranks:
+        seeds = range(args.seed, args.seed + args.seeds)
+        several = {"seeds": seeds, "rates": rates, "ranks": ranks, "lanes": args.lanes}
+        found = comparison.train_several(*where, settings=settings, **several, **common)
+        console.print(*found, sep="\n")
+        _say(f"written: {args.out}/results.jsonl, report.md, pareto.png, curves.png, runs", style="dim")
+        return
+    if args.lanes is not None:
+        raise ValueError("--lanes is for several runs in one program; write --seeds, several rates or --ranks, too")
+    _say_trained(comparison.train(*where, rate=rates[0] if rates else None, settings=settings, **common), args.out)
 
 
 def sft(args: Sft) -> None:
@@ -1067,11 +1082,12 @@ Command = (
 def main(argv: list[str] | None = None) -> None:
     """Reads the command line and runs the verb; errors that a user can mend are one line and exit status 1."""
     args = tyro.cli(Command, prog="peftjax", description=(__doc__ or "").partition("\n")[0], args=argv)
-    from .devices import keep_to_cpu
+    from .devices import keep_memory, keep_to_cpu
 
     keep_to_cpu()
     try:
         if type(args) not in LIGHT:
+            keep_memory()
             _keep_programs()
         VERBS[type(args)](args)
     except (ValueError, OSError, ArithmeticError) as e:
@@ -1185,10 +1201,14 @@ def _weighted(text: str) -> list[tuple[str, float]]:
 
 
 def _ranks(text: str) -> list[int]:
+    return _numbers(text, "ranks", "1,2,4", int)
+
+
+def _numbers(text: str, what: str, such_as: str, kind: type) -> list:
     try:
-        return [int(x) for x in text.split(",")]
+        return [kind(x) for x in text.split(",")] if text else []
     except ValueError:
-        raise ValueError(f"cannot read the ranks {text!r}; write 1,2,4") from None
+        raise ValueError(f"cannot read the {what} {text!r}; write {such_as}") from None
 
 
 def _shots(text: str) -> tuple[int, ...] | None:

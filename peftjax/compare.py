@@ -1,12 +1,14 @@
 """The verbs: compare methods on one model and task, train one, evaluate, merge or combine adapters."""
 
 import dataclasses
+import itertools
+import json
 import os
 import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,8 @@ from .data import load_rows
 from .generate import Decoding
 from .hub import Model
 from .layout import stack_layers
-from .methods import at_rank, parse
+from .loop import MAY_DIFFER, NonFinite
+from .methods import at_rank, build, chain, parse
 from .methods.base import virtual_tokens
 from .metrics import score
 from .problem import Evaluator, Problem, prepare
@@ -31,17 +34,20 @@ from .proxy import proxy, same_words
 from .run import (
     ZERO_SHOT,
     Entry,
+    Job,
     check_writable,
     configuration,
+    cut_off,
     entries_for,
     names_of,
     rate_of,
     run,
+    run_together,
     short_hash,
     zero_shot,
 )
 from .tasks import Chats, Task, get_task
-from .train import NonFinite, Settings, make_optimizer, start
+from .train import Settings, make_optimizer, start
 from .tree import count, partition
 
 # of an adapter file's extras, what holds for a combination too
@@ -58,16 +64,20 @@ def compare(
     rates: dict[str, float],
     out: str | Path,
     settings: Settings,
+    lanes: int | None = None,
     watch: Callable = lambda title: nullcontext(lambda record: None),
     say: Callable[[str], Any] = print,
     **options: Any,
 ) -> tuple[Table, ...]:
     """Trains every method with every seed and writes the report; what is there already is not trained again.
 
+    The seeds of a method, and LoRAs that differ in rank alone, train in one program where the memory allows it.
+
     Args:
       methods: as on the command line (`peftjax.methods.parse`); 'all'; None: a selection of every kind.
       seeds: how many, counted from 0; a seed fixes the data order, the methods' start, dropout and the head.
       rates: method name -> learning rate; '' stands for all others.
+      lanes: how many runs are computed at once in a program; default: what the memory allows, on a CPU one.
       options: for `peftjax.problem.prepare`.
 
     Raises:
@@ -77,14 +87,15 @@ def compare(
     if methods not in (None, "all"):
         parse(methods)  # what can be wrong is found before anything costs time
     get_task(task)
-    if seeds < 1:
-        raise ValueError(f"seeds must be at least 1; got {seeds}")
+    for name, value in {"seeds": seeds, "lanes": lanes}.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}")
     out = check_writable(out)
     problem, chosen = set_up(model_name, task, source, methods, settings, **options)
     for name in rates:
         if name and not any(name in names_of(e) for e in chosen):
             raise ValueError(f"a learning rate is given for {name!r}; the methods are {[e.name for e in chosen]}")
-    evaluator, results, left_out = Evaluator(problem), [], []
+    evaluator, results = Evaluator(problem), []
     rated = [
         dataclasses.replace(settings, learning_rate=rate_of(e, rates, problem.model, model_name)) for e in chosen
     ]  # all, before anything is trained
@@ -94,27 +105,108 @@ def compare(
         with watch(ZERO_SHOT):
             folder = out / "runs" / f"{ZERO_SHOT}-{short_hash(configuration(problem, None, None))}"
             results.append(zero_shot(problem, folder, evaluator=evaluator))
-    for entry, of_entry in zip(chosen, rated, strict=True):
-        for seed in range(seeds):
-            own = dataclasses.replace(of_entry, seed=seed)
-            name = re.sub(r"[^a-zA-Z0-9.=+-]+", "_", entry.name).strip("_")[:80]
-            config = configuration(problem, entry.method, own)
-            new = out / "runs" / f"{name}-seed{seed}-{short_hash(config)}"
-            folder = next((out / "runs").glob(f"*-{short_hash(config)}"), new)  # however it was written then
-            if (folder / "result.json").is_file():
-                say(f"{entry.name} seed {seed}: already trained, taken from {folder}")
-            try:
-                with watch(f"{entry.name} seed {seed}") as note:
-                    seeded = _with_head_of_seed(problem, seed)
-                    result = run(seeded, entry, own, folder, evaluator=evaluator, report=note)
-                    results.append(result | {"method": entry.name})
-            except NonFinite as e:
-                left_out.append(f"{entry.name} seed {seed} is left out: {e}")
-                say(left_out[-1])
+    runs = [
+        (entry, dataclasses.replace(own, seed=seed))
+        for entry, own in zip(chosen, rated, strict=True)
+        for seed in range(seeds)
+    ]
+    jobs = _jobs(problem, runs, out)
+    found = _train_all(jobs, evaluator, lanes, watch, say)
+    results += [r for r in found if not isinstance(r, NonFinite)]
+    left_out = [f"{_title(j)} is left out: {e}" for j, e in zip(jobs, found, strict=True) if isinstance(e, NonFinite)]
     if not any(r["trainable"] for r in results):
         raise ValueError("no method finished with a finite loss; try smaller learning rates with --lr")
     title = f"{Path(model_name).name} on {task}"
     return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
+
+
+def _jobs(problem: Problem, runs: Iterable[tuple[Entry, Settings]], out: Path) -> list[Job]:
+    """The runs with their folders, one for each configuration: what is there already, however it was written then."""
+    jobs, folders = [], {}
+    for entry, settings in runs:
+        name = re.sub(r"[^a-zA-Z0-9.=+-]+", "_", entry.name).strip("_")[:80]
+        h = short_hash(configuration(problem, entry.method, settings))
+        if h not in folders:
+            new = out / "runs" / f"{name}-seed{settings.seed}-{h}"
+            folders[h] = next((out / "runs").glob(f"*-seed*-{h}"), new)
+        jobs.append(Job(_with_head_of_seed(problem, settings.seed), entry, settings, folders[h]))
+    return jobs
+
+
+def _train_all(
+    jobs: Sequence[Job], evaluator: Evaluator, lanes: int | None, watch: Callable, say: Callable
+) -> list[dict | NonFinite]:
+    """Results in the order of the jobs, those in one program together."""
+    found: dict[Path, dict | NonFinite] = {}
+    for job in jobs:
+        if (job.folder / "result.json").is_file():
+            say(f"{_title(job)}: already trained, taken from {job.folder}")
+            found[job.folder] = run(*job, evaluator=evaluator)
+    for group, at_once in _programs([*{job.folder: job for job in jobs}.values()], lanes):
+        with watch(_titles(group)) as note:
+            ended = run_together(group, lanes=at_once, evaluator=evaluator, report=note)
+        for job, result in zip(group, ended, strict=True):
+            found[job.folder] = result
+            if isinstance(result, NonFinite):
+                say(f"{_title(job)} is left out: {result}")
+    results = [(job, found[job.folder]) for job in jobs]
+    return [r if isinstance(r, NonFinite) else r | {"method": job.entry.name} for job, r in results]
+
+
+def _programs(jobs: Sequence[Job], lanes: int | None) -> Iterator[tuple[list[Job], int]]:
+    """What is to be trained in one program, and how many of it at once: what was cut off as it was, then by kin."""
+    begun = cut_off(jobs)
+    for group in begun:
+        yield group, _room(group, lanes)[1]
+    there, kin = {job.folder for group in begun for job in group}, {}
+    for job in jobs:
+        if job.folder not in there and not (job.folder / "result.json").is_file():
+            kin.setdefault(_kin(job), []).append(job)
+    for group in kin.values():
+        size, at_once = _room(group, lanes)
+        for i in range(0, len(group), size):
+            yield group[i : i + size], min(at_once, size)
+
+
+def _room(jobs: Sequence[Job], lanes: int | None) -> tuple[int, int]:
+    """`memory.room_for` runs as large as the largest of these."""
+    if len(jobs) == 1:
+        return 1, 1
+    largest = max(jobs, key=lambda job: sum(a.get("rank", 0) for _, a in job.entry.method.spec))
+    return memory.room_for(_case(largest), devices.present(), len(jobs), lanes)
+
+
+def _case(job: Job) -> memory.Case:
+    problem, settings = job.problem, job.settings
+    batch = problem.largest_batch(settings.batch_size)
+    settings = dataclasses.replace(settings, steps=_steps(problem, settings))
+    return memory.Case(
+        lambda **_: problem.model, lambda _: job.entry.method, lambda _: batch, problem.task.kind, settings
+    )
+
+
+RANKED = ("lora", "lora_fa", "lora_plus")  # whose ranks train in one program
+
+
+def _kin(job: Job) -> str:
+    """What runs in one program have in common."""
+    free = {name: {"rank", "alpha"} if name in RANKED else set() for name, _ in job.entry.method.spec}
+    spec = [(name, {k: v for k, v in a.items() if k not in free[name]}) for name, a in job.entry.method.spec]
+    settings = {k: v for k, v in dataclasses.asdict(job.settings).items() if k not in MAY_DIFFER}
+    return json.dumps([spec, settings], sort_keys=True)
+
+
+def _title(job: Job) -> str:
+    return f"{job.entry.name} seed {job.settings.seed}"
+
+
+def _titles(jobs: Sequence[Job]) -> str:
+    """What the progress bar calls the runs of a program."""
+    names = list(dict.fromkeys(job.entry.name for job in jobs))
+    if len(jobs) == 1:
+        return _title(jobs[0])
+    said = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+    return f"{said}, {len(jobs)} runs"
 
 
 def train(
@@ -150,6 +242,78 @@ def train(
     hint = "run the same command again: " + shlex.join(["peftjax", *sys.argv[1:]])
     with watch(entry.name) as note:
         return run(problem, entry, settings, out, resume_hint=hint, report=note)
+
+
+def train_several(
+    model_name: str,
+    task: str | Task,
+    source: str | None,
+    *,
+    method: str,
+    seeds: Sequence[int],
+    rates: Sequence[float],
+    ranks: Sequence[int],
+    out: str | Path,
+    settings: Settings,
+    lanes: int | None = None,
+    watch: Callable = lambda title: nullcontext(lambda record: None),
+    say: Callable[[str], Any] = print,
+    **options: Any,
+) -> tuple[Table, ...]:
+    """Trains one method with every seed, learning rate and rank, in one program where the memory allows it.
+
+    Args:
+      rates: learning rates; empty: the method's own.
+      ranks: of a LoRA; empty: the method's own.
+      lanes: as for `compare`.
+
+    Returns:
+      The tables of `report.write`, a row for each rate and rank; adapters, logs and results are in `runs`.
+
+    Raises:
+      ValueError: bad input, or none of the runs has a finite loss.
+    """
+    if len(parse(method)) != 1:
+        raise ValueError(f"train takes one method (chain several with +); got {method!r}")
+    row = get_task(task) if isinstance(task, str) else task
+    for name, values in {"seeds": seeds, "learning rates": rates, "ranks": ranks}.items():
+        if len(set(values)) < len(values):
+            raise ValueError(f"the {name} {', '.join(map(str, values))} name one twice; write each once")
+    if lanes is not None and lanes < 1:
+        raise ValueError(f"lanes must be at least 1; got {lanes}")
+    out = check_writable(out)
+    problem, (entry,) = set_up(model_name, task, source, method, settings, **options)
+    entries = [_of_rank(entry, r) for r in ranks] or [entry]
+    for one in entries:
+        _try(one, problem.model, settings.layout)
+    chosen = [*rates] or [rate_of(entry, {}, problem.model, model_name)]
+    _check_plans(problem, entries, settings)
+    _say_notes(problem, [entry], say)
+    runs = []
+    for rate, one, seed in itertools.product(chosen, entries, seeds):
+        named = one._replace(name=f"{one.name}, lr {rate:g}") if len(chosen) > 1 else one
+        runs.append((named, dataclasses.replace(settings, learning_rate=rate, seed=seed)))
+    jobs = _jobs(problem, runs, out)
+    found = _train_all(jobs, Evaluator(problem), lanes, watch, say)
+    results = [r for r in found if not isinstance(r, NonFinite)]
+    left_out = [f"{_title(j)} is left out: {e}" for j, e in zip(jobs, found, strict=True) if isinstance(e, NonFinite)]
+    if not results:
+        raise ValueError("no run finished with a finite loss; try smaller learning rates with --lr")
+    title = f"{entry.name}: {Path(model_name).name} on {row.name}"
+    return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
+
+
+def _of_rank(entry: Entry, rank: int) -> Entry:
+    """The entry with another rank of its LoRA.
+
+    Raises:
+      ValueError: it has none of the kinds whose ranks train in one program.
+    """
+    spec = entry.method.spec
+    if not any(name in RANKED for name, _ in spec):
+        raise ValueError(f"--ranks is for {', '.join(RANKED)}; {entry.name} has none of them")
+    made = [build(name, a | {"rank": rank} if name in RANKED else a) for name, a in spec]
+    return entry._replace(name=f"{entry.name}, rank {rank}", method=chain(*made))
 
 
 def evaluate(

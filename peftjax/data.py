@@ -512,8 +512,9 @@ def plan(
 ) -> list[Planned]:
     """The batches of one epoch in order: every example once, each batch from one bucket.
 
-    With a seed, the examples of a bucket and then the batches are shuffled by default_rng((seed, epoch));
-    without one (evaluation) both keep their order. No arrays are built: `make_batch` builds those of one.
+    With a seed, the examples of a bucket are shuffled by default_rng((seed, epoch)), and the batches by
+    default_rng(epoch), so that step by step every seed has batches of the same length (runs with several seeds train in
+    one program); without one (evaluation) both keep their order. No arrays are built: `make_batch` builds those of one.
     """
     ends = np.array(sorted(buckets))
     lengths = np.array([len(example.input_ids) for example in examples])
@@ -533,7 +534,7 @@ def plan(
         longest = max((len(examples[i].target_ids or ()) for i in index.tolist()), default=0)
         target = -(-longest // 8) * 8
         planned += [Planned(int(end), index[i : i + batch_size], target) for i in range(0, len(index), batch_size)]
-    return planned if rng is None else [planned[i] for i in rng.permutation(len(planned))]
+    return planned if rng is None else [planned[i] for i in np.random.default_rng(epoch).permutation(len(planned))]
 
 
 def pack(
@@ -680,6 +681,36 @@ def batches(
     """The batches of one epoch: `make_batch` over `plan`."""
     for planned in plan(examples, batch_size, buckets, shuffle_seed=shuffle_seed, epoch=epoch):
         yield make_batch(examples, planned, batch_size, pad_id=pad_id, side=side)
+
+
+def even_batches(
+    examples: Sequence[Example],
+    most: int,
+    buckets: Sequence[int],
+    *,
+    pad_id: int,
+    side: Literal["left", "right"] = "right",
+) -> Iterator[Batch]:
+    """Every example once, in batches of at most `most` rows that are even within a bucket: few rows are filler.
+
+    Each bucket has one size, as few batches as `batches` makes of it, and so as many shapes: 20 examples are a batch of
+    24 rows and not of 64, and 70 two of 40.
+    """
+    for whole in plan(examples, max(1, len(examples)), buckets):
+        size = even_size(len(whole.index), most)
+        for i in range(0, len(whole.index), size):
+            part = whole._replace(index=whole.index[i : i + size])
+            yield make_batch(examples, part, size, pad_id=pad_id, side=side)
+
+
+def even_size(n: int, most: int, multiple: int = 8) -> int:
+    """The rows of each batch where n go into the fewest batches of at most `most`; a multiple, unless that is too many.
+
+    >>> even_size(70, 64), even_size(20, 64), even_size(64, 6)
+    (40, 24, 6)
+    """
+    rows = -(-n // -(-n // most))
+    return min(most, -(-rows // multiple) * multiple)
 
 
 def common(a: Sequence, b: Sequence) -> int:

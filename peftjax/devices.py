@@ -4,9 +4,11 @@ XLA compiles ahead of time for a description of a device. The CUDA compiler need
 TPU compiler those of `tpu`; neither needs the device.
 """
 
+import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import platform
 import re
 import sys
 from collections.abc import Mapping
@@ -180,6 +182,25 @@ def keep_to_cpu() -> None:
     chosen = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue] - made when it runs
     if sys.platform == "linux" and not chosen and not any(map(os.path.exists, _FILES)):
         jax.config.update("jax_platforms", "cpu")
+
+
+# mallopt(3): where allocations come from, when a program gives memory back; numbers of malloc.h, with what keeps all.
+_KEEP = {-8: 1, -4: 0, -1: 2**31 - 1}  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD
+
+
+def keep_memory() -> bool:
+    """Has the process keep what it frees, on Linux with glibc; whether it could.
+
+    XLA's programs on a CPU take their temporaries anew in every call. By default large ones go back to the system each
+    time and are mapped again page by page, which takes a tenth to a fifth of a small model's training step
+    (experiments/results/speed/log.md). With this the process stays as large as it ever was. It is for programs that
+    train and for nothing else; the command line calls it. Where the environment says how to allocate
+    (`MALLOC_*`, `GLIBC_TUNABLES`), that stays.
+    """
+    if platform.libc_ver()[0] != "glibc" or any(x.startswith(("MALLOC_", "GLIBC_TUNABLES")) for x in os.environ):
+        return False
+    libc = ctypes.CDLL(None)
+    return all(libc.mallopt(name, value) for name, value in _KEEP.items())
 
 
 class Target(NamedTuple):

@@ -28,6 +28,7 @@ from .demonstrations import CONTENT_FREE, SELECTIONS, Asked, Bench, FewShot, Ite
 from .generate import Decoding, Writer, decoder
 from .icl_report import BASE
 from .likelihood import Likelihood
+from .loop import NonFinite
 from .methods import parse
 from .methods.base import virtual_tokens
 from .metrics import score
@@ -36,7 +37,7 @@ from .quantize import quantized_as
 from .run import Entry, check_writable, configuration, names_of, rate_of, run, short_hash
 from .tasks import Row, Task, get_task
 from .templates import Rendered
-from .train import NonFinite, Settings
+from .train import Settings
 from .tree import Tree, flatten
 from .weights import is_node
 

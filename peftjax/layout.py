@@ -7,7 +7,8 @@ stacks the layers' leaves along a new first axis under one key, `layers_*`, and 
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ _LAYER = re.compile(r"(.+_)(0|[1-9]\d*)")
 STACKED = "*"
 
 
-def stack_layers(params: Tree) -> Tree:
+def stack_layers(params: Tree, join: Callable[[Sequence], Any] = jnp.stack) -> Tree:
     """Stacks every complete run of siblings `<name>_0 ... <name>_{n-1}` into `<name>_*`.
 
     Array leaves gain a first axis of n; masks (Python booleans) must agree in all layers and stay booleans.
@@ -28,6 +29,9 @@ def stack_layers(params: Tree) -> Tree:
     the layers hold at one place (its nodes, plain leaves, holes), which makes them alike; and `trim(self, like)`,
     which undoes it in `unstack_layers`, where `like` is the layer's whole node. They must do for halves of a
     partition and for masks too.
+
+    Args:
+      join: makes one array of the layers' arrays.
 
     Raises:
       ValueError: the layers differ in structure or shape (LoRA in some layers only, ranks that differ);
@@ -42,41 +46,43 @@ def stack_layers(params: Tree) -> Tree:
     for k, v in params.items():
         if (m := _LAYER.fullmatch(k)) and isinstance(v, Mapping):
             runs.setdefault(m[1], set()).add(int(m[2]))
-    out = {k: stack_layers(v) for k, v in params.items()}
+    out = {k: stack_layers(v, join) for k, v in params.items()}
     for name, indices in runs.items():
         if indices == set(range(len(indices))):
-            out[name + STACKED] = _stack(name, [out.pop(f"{name}{i}") for i in sorted(indices)])
+            out[name + STACKED] = _stack(name, [out.pop(f"{name}{i}") for i in sorted(indices)], join)
     return out
 
 
-def _align(layers):
+def align(layers: Sequence[Tree]) -> Sequence[Tree]:
+    """Layers, or whole trees, whose nodes are alike: by `align` of their classes, as `stack_layers` says."""
     if all(isinstance(x, Mapping) and x.keys() == layers[0].keys() for x in layers):
-        columns = {k: _align([x[k] for x in layers]) for k in layers[0]}
+        columns = {k: align([x[k] for x in layers]) for k in layers[0]}
         return [{k: column[i] for k, column in columns.items()} for i in range(len(layers))]
     cls = next((type(x) for x in layers if is_node(x)), None)
     if cls is None or any(type(x) is not cls and (is_node(x) or isinstance(x, Mapping)) for x in layers):
         return layers
-    align = getattr(cls, "align", None)
-    layers = layers if align is None else align(layers)
+    by_class = getattr(cls, "align", None)
+    layers = layers if by_class is None else by_class(layers)
     if any(type(x) is not cls for x in layers):
         return layers
-    columns = {f: _align([getattr(x, f) for x in layers]) for f in data_fields(cls)}
+    columns = {f: align([getattr(x, f) for x in layers]) for f in data_fields(cls)}
     return [dataclasses.replace(x, **{f: c[i] for f, c in columns.items()}) for i, x in enumerate(layers)]
 
 
-def _trim(tree, like):
+def trim(tree: Tree, like: Tree) -> Tree:
+    """Undoes `align`: a tree by `trim` of its nodes' classes, `like` being the whole of which it may be a half."""
     if isinstance(tree, Mapping):
-        return {k: _trim(x, like[k]) for k, x in tree.items()}
+        return {k: trim(x, like[k]) for k, x in tree.items()}
     if not is_node(tree) or type(tree) is not type(like):
         return tree
-    inner = {f: _trim(getattr(tree, f), getattr(like, f)) for f in data_fields(tree)}
-    trim = getattr(type(tree), "trim", None)
+    inner = {f: trim(getattr(tree, f), getattr(like, f)) for f in data_fields(tree)}
+    by_class = getattr(type(tree), "trim", None)
     tree = dataclasses.replace(tree, **inner)
-    return tree if trim is None else trim(tree, like)
+    return tree if by_class is None else by_class(tree, like)
 
 
-def _stack(name, layers):
-    layers = _align(layers)
+def _stack(name, layers, join):
+    layers = align(layers)
     first, structure = flatten(layers[0]), jax.tree.structure(layers[0])
     for i, layer in enumerate(layers):
         here = flatten(layer)
@@ -91,7 +97,7 @@ def _stack(name, layers):
                     f"cannot stack layers: {name}{i}/{path} is {_say(x)} and {name}0/{path} is "
                     f"{_say(first[path])}; use the per-layer layout"
                 )
-    return jax.tree.map(lambda *xs: xs[0] if _is_bool(xs[0]) else jnp.stack(xs), *layers)
+    return jax.tree.map(lambda *xs: xs[0] if _is_bool(xs[0]) else join(xs), *layers)
 
 
 def _differing_nodes(first, second):
@@ -128,7 +134,7 @@ def _unstack(params, like):
         if key.endswith("_" + STACKED):
             for i in range(layer_count(like[key])):
                 one = _slice(like[key], i)
-                out[f"{key[:-1]}{i}"] = _unstack(_trim(_slice(value, i), one), one)
+                out[f"{key[:-1]}{i}"] = _unstack(trim(_slice(value, i), one), one)
         else:
             out[key] = _unstack(value, like[key])
     return out

@@ -25,8 +25,9 @@ from .hub import TASKS, Model, describe
 from .methods import Method
 from .problem import loss_of
 from .run import entries_for
+from .together import alike, once, share, side_by_side, stack
 from .train import Settings, make_optimizer, make_step, start
-from .tree import Tree, distinct, nbytes
+from .tree import Tree, nbytes
 
 MORE = "XLA_PYTHON_CLIENT_MEM_FRACTION=0.95"
 _TRITON = "xla_gpu_enable_triton_gemm"
@@ -43,6 +44,8 @@ class Case(NamedTuple):
       kind: of the task: 'generation', 'classification' or 'regression'.
       settings: how it trains; `accumulate`, `layout`, `update` and `trainable_dtype` change the plan.
       options: for `describe`.
+      runs: trained in one program, each with a batch of its own unless `settings.data_seed` gives all the same.
+      lanes: how many of them are computed at once.
     """
 
     describe: Callable[..., Model]
@@ -51,6 +54,8 @@ class Case(NamedTuple):
     kind: str
     settings: Settings
     options: Mapping[str, Any] = {}
+    runs: int = 1
+    lanes: int = 1
 
 
 class Step(NamedTuple):
@@ -174,22 +179,31 @@ def lay_out(case: Case) -> Step:
     s = case.settings
     model = case.describe(**case.options)
     method, batch = case.method(model), _shapes(case.batch(model))
-    tx = make_optimizer(s, s.steps or STEPS, method)
-    whole: list[Callable] = []
+    tx, n = make_optimizer(s, s.steps or STEPS, method), case.runs
+    held: list[tuple] = []
 
     def begin(params: Tree) -> tuple:
-        adapted = method.init(jax.random.key(0), params, model.sites)
-        state, frozen = start(method, adapted, tx, s.layout, s.trainable_dtype)
-        arrays, again = distinct(frozen)
-        whole.append(again)
-        return state, arrays
+        adapted = alike([method.init(jax.random.key(i), params, model.sites) for i in range(n)])
+        how = (s.layout, s.trainable_dtype, once(jnp.stack))
+        states, frozen = zip(*(start(method, p, tx, *how) for p in adapted), strict=True)
+        arrays, axes, whole = share(frozen)
+        held.append((axes, whole))
+        return stack(states), arrays
 
     state, frozen = jax.eval_shape(begin, model.params)
+    (axes, whole), one_batch = held[0], n == 1 or s.data_seed is not None
+    if not one_batch:
+        batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((n, *x.shape), x.dtype), batch)
     inner = make_step(loss_of(model, case.kind), method, tx, s.accumulate, s.update)
-    call = jax.jit(lambda state, frozen, batch, key: inner(state, whole[0](frozen), batch, key), donate_argnums=0)
+
+    def step(state, frozen, batch, key):
+        return inner(state, whole(frozen), batch, key)
+
+    call = jax.jit(side_by_side(step, n, case.lanes, axes, one_batch), donate_argnums=0)
+    keys = jax.eval_shape(lambda: stack([jax.random.key(i) for i in range(n)]))
     return Step(
         call,
-        (state, frozen, batch, jax.eval_shape(lambda: jax.random.key(0))),
+        (state, frozen, batch, keys),
         frozen=nbytes(frozen),
         trainable=nbytes(state.trainable),
         optimizer=nbytes(state.opt_state),
@@ -330,11 +344,8 @@ def check(case: Case, device: Device, name: str, advise: bool = True) -> None:
       ValueError: the method does not fit the model.
     """
     step = lay_out(case)
-    if step.held <= device.room:
-        # The CPU's compiler computes again early what `remat` means to be late: up to 1.7 times the bound was seen.
-        margin = 2 if device.platform == "cpu" else 1
-        if step.held + margin * bound(step.call.trace(*step.arguments).jaxpr) <= device.room:
-            return
+    if _surely_fits(step, device):
+        return
     needs, what = step.held, "before any activation"
     if needs <= device.room:
         found = plan(case, device)
@@ -348,6 +359,49 @@ def check(case: Case, device: Device, name: str, advise: bool = True) -> None:
         + (f"; {_advice(case, device)}" if advise else "")
         + (f"; {MORE} gives JAX more of the GPU than its default of 75%" if device.platform == "cuda" else "")
     )
+
+
+def _surely_fits(step: Step, device: Device) -> bool:
+    """Whether it fits even with every intermediate result alive."""
+    if step.held > device.room:
+        return False
+    # The CPU's compiler computes again early what `remat` means to be late: up to 1.7 times the bound was seen.
+    margin = 2 if device.platform == "cpu" else 1
+    return step.held + margin * bound(step.call.trace(*step.arguments).jaxpr) <= device.room
+
+
+COPIED = 64 * 2**20  # bytes of what trains, with its optimizer's state, that a program in turn copies in little time
+
+
+def room_for(case: Case, device: Device, runs: int, lanes: int | None = None) -> tuple[int, int]:
+    """How many of so many runs a program on the device can hold, and how many of these at once (`lanes`).
+
+    First fewer at once, then fewer in a program: halves, as for all a step may have to be compiled. On a CPU one is
+    computed at a time, since its caches hold the activations of one better than of several; and runs that train much
+    (`COPIED`) go apart, as such a program copies their states (experiments/results/together).
+
+    Args:
+      lanes: how many at once at most, whatever the device; default: as said.
+
+    >>> from peftjax import devices
+    >>> room_for(None, devices.find("cpu"), 1)
+    (1, 1)
+    """
+    if lanes is None and runs > 1 and device.platform == "cpu":
+        one = lay_out(case)
+        lanes, runs = 1, 1 if one.trainable + one.optimizer > COPIED else runs
+    lanes = min(runs, lanes or runs)
+    while runs > 1:
+        tried = case._replace(runs=runs, lanes=lanes)
+        step = lay_out(tried)
+        if _surely_fits(step, device) or (step.held <= device.room and plan(tried, device).fits):
+            return runs, lanes
+        if lanes > 1 and step.held <= device.room:
+            lanes = -(-lanes // 2)
+        else:
+            runs = -(-runs // 2)
+            lanes = min(lanes, runs)
+    return 1, 1
 
 
 def _size(n: int) -> str:

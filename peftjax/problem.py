@@ -373,7 +373,7 @@ class Evaluator:
     def _of(self, params, examples):
         p = self.problem
         total, weight, logits = 0.0, 0.0, {}
-        for batch in data.batches(examples, EVAL_BATCH, p.buckets, pad_id=p.pad_id):
+        for batch in data.even_batches(examples, EVAL_BATCH, p.buckets, pad_id=p.pad_id):
             (part, part_weight), out = self._dev(params, batch)
             total, weight = total + float(part), weight + float(part_weight)
             if out is not None:
@@ -408,7 +408,7 @@ class Evaluator:
         few = max(1, min(3, len(p.prompts) // self._rows))  # each length costs a compilation
         buckets = data.bucket_lengths([len(e.input_ids) for e in p.prompts], few)
         texts: dict[int, str] = {}
-        for batch in data.batches(p.prompts, self._rows, buckets, pad_id=p.pad_id, side=padding_side(p.model)):
+        for batch in data.even_batches(p.prompts, self._rows, buckets, pad_id=p.pad_id, side=padding_side(p.model)):
             tokens = np.asarray(self._generate(params, batch["input_ids"], batch["attention_mask"]))
             decoded = p.tokenizer.batch_decode(_until_end(tokens, p.tokenizer.eos_token_id), skip_special_tokens=True)
             texts.update((i, t.strip()) for i, t in zip(batch["index"].tolist(), decoded, strict=True) if i >= 0)

@@ -15,7 +15,7 @@ import numpy as np
 
 from .methods.base import Site, select, wrap
 from .tree import Tree, flatten
-from .weights import Blocks, Weight, attend, is_node, is_quantized, node, split, static
+from .weights import Blocks, Weight, attend, dot, is_node, is_quantized, node, split, static
 
 BLOCK, OUTER = 64, 256  # entries that share an absmax; absmaxes that share one in double quantisation
 
@@ -90,7 +90,7 @@ class Int8(Weight):
         return (self.codes.astype(jnp.float32) * self.scale[..., None, :]).astype(self.dtype)
 
     def dot(self, x):
-        return jax.checkpoint(lambda w, x: w.stretch(x @ w.codes.astype(x.dtype)))(self, x)
+        return jax.checkpoint(lambda w, x: w.stretch(dot(w.codes, x)))(self, x)
 
     def take(self, ids):
         return self.stretch(self.codes[ids].astype(jnp.float32)).astype(self.dtype)

@@ -86,13 +86,14 @@ def markdown(rows: Sequence[dict], results: Sequence[dict], title: str, facts: S
     out = [f"# {title}", "", *(f"- {fact}" for fact in facts), ""]
     out += ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     out += ["| " + " | ".join(line.values()) + " |" for line in lines]
-    seeds = rows[-1]["seeds"]
+    seeds, most = rows[-1]["seeds"], max(r.get("together") or 1 for r in results)
     out += [
         "",
         f"Scores are {'means ± standard deviations over seeds ' + str(seeds) if len(seeds) > 1 else 'of one seed'}, "
         "of the best evaluation of each run, metrics in percent but for nist and cider. Share: of the base and what "
-        "was added. Peak: XLA's plan of the compiled training step, arguments and temporaries together. Step: median, "
-        "without compilation. Compiled: training steps compiled, one for each length.",
+        "was added. Peak: XLA's plan of the compiled training step, arguments and temporaries together"
+        + (f", of up to {most} runs in one program, of which step and seconds are a run's share" if most > 1 else "")
+        + ". Step: median, without compilation. Compiled: training steps compiled, one for each length.",
         "",
         *(f"\\* {r['method']}: {r['note']}." for r in rows if r["note"]),
         "",

@@ -1,4 +1,4 @@
-"""One run: a method trained on a problem, in a folder that holds its adapter, its log and its result.
+"""A run: a method trained on a problem, in a folder that holds its adapter, its log and its result.
 
 A folder belongs to one configuration. Running that again resumes what is unfinished and returns what is done;
 another configuration in the same folder is refused.
@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,12 @@ import jax
 
 from .checkpoint import save_adapter, write_atomically
 from .hub import BUNDLED, Model, fingerprint
+from .loop import Fitted, NonFinite, Run, fit_together
 from .methods import METHODS, TABLE, Method, build, chain, default_rate, head, parse, with_text_ids
 from .problem import Evaluator, Problem, objective
 from .quantize import quantized_as
-from .train import Settings, fit
+from .together import alike
+from .train import Settings
 from .tree import count, flatten, nbytes
 from .weights import is_node, is_quantized, map_nodes
 
@@ -118,7 +120,7 @@ def check_writable(folder: str | Path) -> Path:
 
 
 # Settings that a configuration names only where they are not these: results of before they existed stay valid.
-SILENT = {"update": "whole", "trainable_dtype": "float32"}
+SILENT = {"update": "whole", "trainable_dtype": "float32", "data_seed": None}
 REMAT = {"none": False, "block": True}  # likewise: a configuration has it as it was before there were names
 
 
@@ -152,6 +154,22 @@ def short_hash(config: dict) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
 
 
+class Job(NamedTuple):
+    """A run to do.
+
+    Attributes:
+      problem: with the task head of the seed, if the model has none of its own.
+      entry: the method.
+      settings: how it trains.
+      folder: where its adapter, log and result go.
+    """
+
+    problem: Problem
+    entry: Entry
+    settings: Settings
+    folder: Path
+
+
 def run(
     problem: Problem,
     entry: Entry,
@@ -166,46 +184,129 @@ def run(
 
     The result's keys: `method`, `seed`, `task`, `scores` (on the evaluation split, of the best state),
     `trainable`, `share` (of base plus added), `peak_bytes` (of the compiled step), `step_seconds`, `training_flops`,
-    `compilations`, `adapter_bytes`, `seconds` (training and scoring), `samples`, `config`, `note`.
+    `compilations`, `together` (runs in the program), `adapter_bytes`, `seconds` (training and scoring), `samples`,
+    `config`, `note`.
 
     Raises:
       ValueError: the folder holds a run of another configuration.
       NonFinite, Interrupted: from training; what was done is kept.
     """
-    folder = check_writable(folder)
-    config = configuration(problem, entry.method, settings)
-    done = _claim(folder, config)
-    if done is not None:
-        return done
-    model = problem.model
+    job = Job(problem, entry, settings, Path(folder))
+    (result,) = run_together([job], evaluator=evaluator, resume_hint=resume_hint, report=report)
+    if isinstance(result, NonFinite):
+        raise result
+    return result
+
+
+def run_together(
+    jobs: Sequence[Job],
+    *,
+    lanes: int | None = None,
+    evaluator: Evaluator | None = None,
+    resume_hint: str = "run the same command again",
+    report: Callable[[dict], None] = lambda record: None,
+) -> list[dict[str, Any] | NonFinite]:
+    """`run` for several jobs of one problem and one method, trained in one program; what is done already stays.
+
+    Args:
+      jobs: they differ in seed, order of the data, learning rate or LoRA's rank; where they add what no program can
+        hold together, they train one after another.
+      lanes: as for `peftjax.loop.fit_together`.
+
+    Returns:
+      For each job its result, or why it has ended.
+
+    Raises:
+      ValueError: a folder holds a run of another configuration.
+      Interrupted: from training; what was done is kept.
+    """
+    configs = [configuration(j.problem, j.entry.method, j.settings) for j in jobs]
+    results: dict[int, dict | NonFinite] = {}
+    for i, (job, config) in enumerate(zip(jobs, configs, strict=True)):
+        if (done := _claim(check_writable(job.folder), config)) is not None:
+            results[i] = done
+    waiting = [i for i in range(len(jobs)) if i not in results]
+    if waiting and _shared(jobs, configs).is_dir():  # cut off when some results were there: the state is of all
+        waiting = [*range(len(jobs))]
+    begun = {i: _begin(jobs[i]) for i in waiting}
+    groups = [waiting] if _go_together([run for _, run in begun.values()]) else [[i] for i in waiting]
+    evaluator = evaluator or Evaluator(jobs[0].problem)
+    for group in filter(None, groups):
+        problem, (method, _) = jobs[group[0]].problem, begun[group[0]]
+        folder = jobs[group[0]].folder
+        if len(group) > 1:
+            folder = check_writable(_shared([jobs[i] for i in group], [configs[i] for i in group]))
+            write_atomically(folder / RUNS, json.dumps([jobs[i].folder.name for i in group]))
+        found = fit_together(
+            [begun[i][1] for i in group],
+            method,
+            objective(problem),
+            problem.steps_per_epoch(jobs[group[0]].settings.batch_size),
+            lanes=lanes,
+            evaluate=evaluator.on_dev,
+            better=_better(problem),
+            states=folder / "state",
+            resume_hint=resume_hint,
+            report=report,
+        )
+        for i, fitted in zip(group, found, strict=True):
+            if i not in results:
+                ended = isinstance(fitted, NonFinite)
+                results[i] = fitted if ended else _finish(jobs[i], configs[i], *begun[i], fitted, evaluator)
+        if len(group) > 1:
+            shutil.rmtree(folder)
+    return [results[i] for i in range(len(jobs))]
+
+
+RUNS = "runs.json"  # in the folder of several runs' states: the names of their own folders, which are beside it
+
+
+def _shared(jobs: Sequence[Job], configs: Sequence[dict]) -> Path:
+    return jobs[0].folder.parent / f"together-{short_hash({'runs': configs})}"
+
+
+def cut_off(jobs: Sequence[Job]) -> list[list[Job]]:
+    """What trained, in one program or alone, when it was cut off: so it resumes. Some may have a result."""
+    of = {job.folder.name: job for job in jobs}
+    named = [_read_json(file) for file in sorted(jobs[0].folder.parent.glob(f"together-*/{RUNS}"))]
+    groups = [[of[name] for name in names] for names in named if of.keys() >= {*names}]
+    return [*groups, *([job] for job in jobs if (job.folder / "state").is_dir())]
+
+
+def _begin(job: Job) -> tuple[Method, Run]:
+    """The method that has looked at the data, and the run with its first parameters."""
+    problem, settings, model = job.problem, job.settings, job.problem.model
     alone = problem._replace(packed=None)  # what looks at examples wants one a row
-    batches = alone.epoch(0, settings.batch_size, settings.seed)  # lazy, and the same when a run is resumed
-    method = entry.method.observed(objective(problem), model.params, model.sites, batches)
+    batches = alone.epoch(0, settings.batch_size, settings.order)  # lazy, and the same when a run is resumed
+    method = job.entry.method.observed(objective(problem), model.params, model.sites, batches)
     params = method.init(jax.random.key(settings.seed), model.params, model.sites)
-    evaluator = evaluator or Evaluator(problem)
-    generation = problem.task.kind == "generation"
-    headline = problem.task.headline
 
-    def better(new, old):
-        return new["loss"] < old["loss"] if generation else new[headline] > old[headline]
+    def epoch(number):
+        return problem.epoch(number, settings.batch_size, settings.order)
 
-    fitted = fit(
-        params,
-        method,
-        objective(problem),
-        lambda number: problem.epoch(number, settings.batch_size, settings.seed),
-        problem.steps_per_epoch(settings.batch_size),
-        settings,
-        evaluate=evaluator.on_dev,
-        better=better,
-        folder=folder,
-        resume_hint=resume_hint,
-        report=report,
-    )
-    fitted_at = time.perf_counter()
+    return method, Run(params, settings, epoch, job.folder)
+
+
+def _go_together(runs: Sequence[Run]) -> bool:
+    try:
+        alike([r.params for r in runs])
+    except ValueError:
+        return False
+    return True
+
+
+def _better(problem: Problem) -> Callable[[dict, dict], bool]:
+    if problem.task.kind == "generation":
+        return lambda new, old: new["loss"] < old["loss"]
+    return lambda new, old: new[problem.task.headline] > old[problem.task.headline]
+
+
+def _finish(job: Job, config: dict, method: Method, begun: Run, fitted: Fitted, evaluator: Evaluator) -> dict:
+    """Scores and saves what a run leaves."""
+    problem, folder, fitted_at = job.problem, job.folder, time.perf_counter()
     resolved = jax.jit(lambda p: method.resolve(p, None))(fitted.params)
     texts = evaluator.generate(resolved) if evaluator.generates else []
-    if fitted.best is not None and not generation and problem.scored is None:
+    if fitted.best is not None and problem.task.kind != "generation" and problem.scored is None:
         scores = fitted.best["eval"]
     else:
         scores = evaluator.scores(resolved, texts)
@@ -218,24 +319,25 @@ def run(
     }
     if problem.task.chats is not None:
         extra |= {"chats": problem.task.chats._asdict(), "chat_template": problem.tokenizer.chat_template}
-    size = save_adapter(folder / "adapter.safetensors", model, method, fitted.params, extra)
+    size = save_adapter(folder / "adapter.safetensors", problem.model, method, fitted.params, extra)
     result = {
-        "method": entry.name,
-        "seed": settings.seed,
+        "method": job.entry.name,
+        "seed": job.settings.seed,
         "task": problem.task.name,
         "scores": scores,
         "trainable": fitted.trainable,
-        "share": fitted.trainable / count(map_nodes(_once, params)),
-        "base_bytes": nbytes(model.params),
+        "share": fitted.trainable / count(map_nodes(_once, begun.params)),
+        "base_bytes": nbytes(problem.model.params),
         "peak_bytes": fitted.peak_bytes,
         "step_seconds": fitted.step_seconds,
         "training_flops": fitted.flops,
         "compilations": fitted.compilations,
+        "together": fitted.together,
         "adapter_bytes": size,
         "seconds": fitted.seconds + time.perf_counter() - fitted_at,
         "samples": _samples(problem, texts),
         "history": thin(fitted.history),
-        "note": entry.note,
+        "note": job.entry.note,
         "config": config,
     }
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
@@ -268,7 +370,7 @@ def zero_shot(problem: Problem, folder: str | Path, *, evaluator: Evaluator | No
         "trainable": 0,
         "share": 0.0,
         "base_bytes": nbytes(problem.model.params),
-        **dict.fromkeys(("peak_bytes", "step_seconds", "training_flops", "compilations", "adapter_bytes")),
+        **dict.fromkeys(("peak_bytes", "step_seconds", "training_flops", "compilations", "together", "adapter_bytes")),
         "seconds": time.perf_counter() - began,
         "samples": _samples(problem, texts),
         "history": [],
@@ -304,7 +406,7 @@ def _claim(folder: Path, config: dict) -> dict | None:
     return None
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text())
     except json.JSONDecodeError as e:

@@ -196,20 +196,3 @@ def combine(trainable: Tree, frozen: Tree) -> Tree:
         return b if a is HOLE else a
 
     return map_with_path(pick, trainable, frozen, is_leaf=hole)
-
-
-def distinct(tree: Tree) -> tuple[list, Callable[[list], Tree]]:
-    """The arrays of a tree, each once however many leaves it is, and the function that makes the tree of them again.
-
-    A compiled function would be given, and its memory plan would count, one argument for each leaf.
-
-    >>> x = jnp.ones(2)
-    >>> arrays, whole = distinct({"a": x, "b": {"c": x, "d": jnp.zeros(1)}})
-    >>> len(arrays), whole(arrays)["b"]["c"] is x
-    (2, True)
-    """
-    leaves, structure = jax.tree.flatten(tree)
-    arrays = {id(x): x for x in leaves}
-    numbers = {key: i for i, key in enumerate(arrays)}
-    places = [numbers[id(x)] for x in leaves]
-    return list(arrays.values()), lambda arrays: jax.tree.unflatten(structure, [arrays[i] for i in places])

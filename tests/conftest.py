@@ -37,6 +37,8 @@ def call(capsys, monkeypatch):
     """Runs the command in this process, `said` on its standard input; gives exit status, stdout and stderr."""
     from peftjax.cli import main
 
+    monkeypatch.setattr("peftjax.devices.keep_memory", lambda: False)  # it is for the whole process, the tests' own
+
     def run(*arguments, said=""):
         monkeypatch.setattr("sys.stdin", io.StringIO(said))
         status = 0

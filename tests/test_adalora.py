@@ -13,9 +13,10 @@ import tiny
 
 from peftjax import chain, combine, compact, hub, merge, partition, stack_layers, unstack_layers
 from peftjax.checkpoint import load_adapter, save_adapter
+from peftjax.loop import fit
 from peftjax.methods import adalora, lora
 from peftjax.methods.adalora import AdaLoRA, Budget, Pruning, _largest
-from peftjax.train import Settings, fit, make_optimizer, make_step, start
+from peftjax.train import Settings, make_optimizer, make_step, start
 from peftjax.tree import flatten
 from peftjax.weights import dot, is_node
 

@@ -10,6 +10,7 @@ import transformers
 from test_models import assert_same
 
 from peftjax import data, hub
+from peftjax.counting import flops
 from peftjax.data import Example
 from peftjax.methods import lora
 from peftjax.models import cudnn, layers
@@ -207,3 +208,35 @@ def test_on_a_gpu_the_loss_and_gradients_are_those_of_xla(monkeypatch, family, k
     for path, g in flatten(want).items():
         largest = float(jnp.abs(g).max())
         assert_same(flatten(got)[path], g, atol=0.05 * largest)
+
+
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("kind", ["padded", "packed", "sliding", "bias", "cap"])
+def test_blocks_of_causal_attention_are_the_whole(kind, prefix, monkeypatch):
+    """Value and gradients are those of jax's own attention, and no block multiplies with keys that none of it sees."""
+    rng, t, heads, shared = np.random.default_rng(0), 12, 4, 2
+    monkeypatch.setattr(layers, "BLOCK", 4)
+    sizes = ((t, heads), (prefix + t, shared), (prefix + t, shared))
+    q, k, v = (jnp.asarray(rng.normal(size=(2, n, h, 8)), jnp.float32) for n, h in sizes)
+    mask = layers.window(masks(t)["padded"], 3) if kind == "sliding" else masks(t).get(kind, masks(t)["padded"])
+    bias = jnp.asarray(rng.normal(size=(1, heads, 1, prefix + t)), jnp.float32) if kind == "bias" else None
+    cap = 2.0 if kind == "cap" else None
+
+    seen = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (prefix, 0)), constant_values=True)
+    sees = seen.any(-1)[:, 0, :, None]  # what padding gives that sees nothing is nobody's
+
+    def total(f):
+        return jax.value_and_grad(lambda q, k, v: (sees * f(q, k, v).reshape(2, t, -1) ** 3).sum(), (0, 1, 2))
+
+    def own(causal):
+        return lambda q, k, v: layers.attention(None, q, k, v, mask, bias=bias, cap=cap, causal=causal)
+
+    want = own(False) if cap else lambda q, k, v: XLA(q, k, v, bias, seen)
+    for got, one in zip(jax.tree.leaves(total(own(True))(q, k, v)), jax.tree.leaves(total(want)(q, k, v)), strict=True):
+        np.testing.assert_allclose(got, one, rtol=2e-5, atol=2e-5)
+    assert products(own(True), q, k, v) == 2 * heads * 2 * 4 * 8 * 2 * sum(prefix + end for end in (4, 8, 12))
+    assert products(own(False), q, k, v) == 2 * heads * 2 * t * 8 * 2 * (prefix + t)
+
+
+def products(f, *arguments) -> int:
+    return flops(jax.make_jaxpr(f)(*arguments)).products

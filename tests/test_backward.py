@@ -13,11 +13,12 @@ import tiny
 from peftjax import chain, hub, masks, method
 from peftjax.backward import by_group, groups, unite
 from peftjax.checkpoint import load_adapter, save_adapter
+from peftjax.loop import NonFinite, fit
 from peftjax.methods import adalora, bitfit, child_tuning, full, lora, lora_plus
 from peftjax.problem import objective
 from peftjax.rounding import apply_updates, round_randomly
 from peftjax.run import configuration
-from peftjax.train import NonFinite, Settings, decays, fit, make_optimizer, make_step, start
+from peftjax.train import Settings, decays, make_optimizer, make_step, start
 from peftjax.tree import flatten, nbytes
 
 BACKWARD = Settings(learning_rate=1e-2, clip=None, schedule="constant", warmup=0, weight_decay=0.1, update="backward")
@@ -364,7 +365,8 @@ def test_an_adapter_from_bfloat16_trainables_loads(tmp_path):
     assert tiny.same(again.params, fitted.params)
     assert configuration(problem, m, settings)["settings"]["trainable_dtype"] == "bfloat16"
     old = configuration(problem, m, Settings())["settings"]  # as results of before have it
-    assert {f.name for f in dataclasses.fields(Settings)} - set(old) == {"save_every", "update", "trainable_dtype"}
+    new = {"save_every", "update", "trainable_dtype", "data_seed"}
+    assert {f.name for f in dataclasses.fields(Settings)} - set(old) == new
     for remat, was in (("none", False), ("block", True), ("dots", "dots")):
         other = problem.model._replace(module=problem.model.module.clone(remat=remat))
         assert configuration(problem._replace(model=other), m, settings)["remat"] == was

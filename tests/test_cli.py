@@ -1,5 +1,6 @@
 """The command line as a user meets it: every verb, what it leaves, and one clear line for what is wrong."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -17,12 +19,13 @@ import tiny
 import transformers
 from conftest import SHARED, STORIES, needs_shared
 
-from peftjax import METHODS, compare as comparison, hub, train
+from peftjax import METHODS, compare as comparison, hub, run
 from peftjax.checkpoint import save_adapter
 from peftjax.cli import _rates, main
 from peftjax.models import FAMILIES
 from peftjax.problem import Evaluator
 from peftjax.run import SELECTION, zero_shot
+from peftjax.train import Settings
 
 QUICK = ("--steps", "3", "--batch-size", "8", "--buckets", "1")
 
@@ -65,6 +68,7 @@ def test_compare(at, tmp_path, call):
     assert named == [(m, s) for m in ("head", "lora(rank=2, targets=['query'])") for s in (0, 1)]
     assert [r["trainable"] for r in rows[::2]] == [34, 34 + tiny.LAYERS * 2 * 2 * 16]
     assert rows[0]["config"]["settings"]["learning_rate"] != rows[2]["config"]["settings"]["learning_rate"]
+    assert [r["together"] for r in rows] == [2] * 4
     for row in rows:
         assert row["peak_bytes"] > row["base_bytes"] > 0
         assert row["adapter_bytes"] > 4 * row["trainable"]
@@ -96,6 +100,75 @@ def test_compare(at, tmp_path, call):
     assert len([p for p in (tmp_path / "runs").iterdir() if p.name.startswith("bitfit")]) == 2
 
 
+def test_ranks_in_a_comparison_go_together_and_one_run_by_two_names_is_trained_once(at, tmp_path, call):
+    methods = ("--methods", "lora, head, lora(rank=2), lora(rank=8)", "--out", tmp_path)
+    assert call("compare", *base(at, "bert", "rte"), *QUICK, *methods)[0] == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["together"]) for r in rows] == [
+        ("lora", 2),
+        ("head", 1),
+        ("lora(rank=2)", 2),
+        ("lora(rank=8)", 2),
+    ]
+    assert len([*(tmp_path / "runs").iterdir()]) == 3
+    assert "of up to 2 runs in one program" in (tmp_path / "report.md").read_text()
+
+
+def test_train_with_several_seeds_rates_and_ranks(at, tmp_path, call):
+    """They train in one program, and each leaves what it leaves alone."""
+    verb = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(dropout=0.1)", "--seed", 3)
+    status, out, _ = call(*verb, "--seeds", 2, "--lr", "1e-2,1e-3", "--ranks", "1,2", "--out", tmp_path / "all")
+    assert status == 0
+    rows = [json.loads(line) for line in (tmp_path / "all/results.jsonl").read_text().splitlines()]
+    named = [(r["method"], r["seed"]) for r in rows]
+    assert named == [
+        (f"lora(dropout=0.1), rank {rank}, lr {rate}", seed)
+        for rate in ("0.01", "0.001")
+        for rank in (1, 2)
+        for seed in (3, 4)
+    ]
+    assert [r["together"] for r in rows] == [8] * 8
+    assert len({r["trainable"] for r in rows}) == 2
+    assert (tmp_path / "all/report.md").read_text().count("±") > 8
+    assert "rank 2, lr 0.001" in out
+    alone = ("--lr", "1e-3", "--out", tmp_path / "one")
+    status, _, _ = call(*verb[:-4], "--method", "lora(rank=2, dropout=0.1)", "--seed", 3, *alone)
+    assert status == 0
+    one, (same,) = result(tmp_path / "one"), [r for r in rows if r["config"] == result(tmp_path / "one")["config"]]
+    assert (one["together"], same["seed"]) == (1, 3)
+    assert one["scores"] == pytest.approx(same["scores"], rel=1e-4)
+    (folder,) = (
+        p.parent
+        for p in (tmp_path / "all").glob("runs/*/config.json")
+        if "rank_2" in str(p) and json.loads(p.read_text()) == one["config"]
+    )
+    assert {p.name for p in folder.iterdir()} == {"adapter.safetensors", "config.json", "log.jsonl", "result.json"}
+    status, said, _ = call("evaluate", *base(at, "bert", "rte"), "--adapter", folder / "adapter.safetensors")
+    assert status == 0
+    assert f"loss {one['scores']['loss']:.3g}"[:9] in said
+    status, again, _ = call(*verb, "--seeds", 2, "--lr", "1e-2,1e-3", "--ranks", "1,2", "--out", tmp_path / "all")
+    assert status == 0
+    assert again.count("already trained") == 8
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--method", "bitfit", "--ranks", "1,2"), "--ranks is for lora, lora_fa, lora_plus; bitfit has none of them"),
+        (("--seeds", 0), "seeds must be at least 1; got 0"),
+        (("--lr", "1e-3,fast"), "cannot read the learning rates '1e-3,fast'; write 1e-4,3e-4,1e-3"),
+        (("--lr", "1e-3,1e-3"), "the learning rates 0.001, 0.001 name one twice; write each once"),
+        (("--ranks", "1,400"), "rank 400 is larger than the matrix"),
+        (("--lanes", 0, "--seeds", 2), "lanes must be at least 1; got 0"),
+        (("--lanes", 2), "--lanes is for several runs in one program"),
+        (("--data-seed", -1), "data_seed must be at least 0; got -1"),
+    ],
+    ids=str,
+)
+def test_several_runs_that_cannot_be(options, said, at, tmp_path, call, never):
+    fails(call("train", *base(at, "bert", "rte"), *QUICK, *options, "--out", tmp_path), said)
+
+
 def test_without_model_and_task_it_is_the_bundled_base_on_the_built_in_task(tmp_path, call):
     """Quick: two of the methods, three steps, four inputs; the base as it is comes first."""
     few = ("--steps", 3, "--eval-limit", 4, "--buckets", 1, "--methods", "bitfit, lora", "--out", tmp_path)
@@ -122,20 +195,20 @@ def test_without_model_and_task_it_is_the_bundled_base_on_the_built_in_task(tmp_
 
 def test_every_method_that_fits_and_word_of_those_that_do_not(at, tmp_path):
     """77 classes need more than the half percent that FISH Mask may train; asked for by name, that is an error."""
-    problem, chosen = comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "all", train.Settings())
+    problem, chosen = comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "all", Settings())
     names = [e.name for e in chosen]
     assert names == [n for n in (*[m for m in METHODS if m != "full"], "full") if n not in ("fishmask", "neftune")]
     assert any("fishmask is left out: " in note for note in problem.notes)
     with pytest.raises(ValueError, match="leaves nothing beside the task head"):
-        comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "fishmask", train.Settings())
-    _, generating = comparison.set_up("tiny-books", "places", None, None, train.Settings())
+        comparison.set_up("tiny-books", "banking77", str(at / "banking77"), "fishmask", Settings())
+    _, generating = comparison.set_up("tiny-books", "places", None, None, Settings())
     assert [e.name for e in generating] == [n for n in SELECTION if n != "head"]
     assert len(generating) >= 10
     assert set(SELECTION) <= set(METHODS)
 
 
 def test_a_new_head_has_no_zero_shot(at, tmp_path):
-    problem, _ = comparison.set_up(str(at / "bert"), "rte", str(at / "rte"), "head", train.Settings())
+    problem, _ = comparison.set_up(str(at / "bert"), "rte", str(at / "rte"), "head", Settings())
     with pytest.raises(ValueError, match=r"task head .* is new; train it"):
         zero_shot(problem, tmp_path)
 
@@ -302,7 +375,7 @@ def never(monkeypatch):
     def fit(*args, **kwargs):
         raise AssertionError("trained")
 
-    monkeypatch.setattr("peftjax.run.fit", fit)
+    monkeypatch.setattr("peftjax.run.fit_together", fit)
 
 
 @pytest.fixture
@@ -472,26 +545,69 @@ def test_rates():
 # Interrupted and killed
 
 
-def test_ctrl_c_saves_the_state_and_says_how_to_resume(at, tmp_path, call, monkeypatch):
+@pytest.fixture
+def bar(monkeypatch):
+    """The records that the progress bar is given, as (title, step); `bar.cut_at` is a step at which Ctrl-C comes."""
+    seen = types.SimpleNamespace(steps=[], cut_at=None)
+
+    @contextlib.contextmanager
+    def watch(console, title):
+        def report(record):
+            if "loss" not in record:
+                return
+            seen.steps.append((title, record["step"]))
+            if record["step"] == seen.cut_at:
+                os.kill(os.getpid(), signal.SIGINT)
+
+        yield report
+
+    monkeypatch.setattr("peftjax.progress.watch", watch)
+    return seen
+
+
+def test_ctrl_c_saves_the_state_and_says_how_to_resume(at, tmp_path, call, monkeypatch, bar):
     monkeypatch.setattr(sys, "argv", ["peftjax", "train", "--method", "lora(rank=2)"])
-    noted = train._note
-
-    def interrupt(log, pending, *args):
-        noted(log, pending, *args)
-        if pending[0] == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    arguments = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 6, "--out")
-    with monkeypatch.context() as m:
-        m.setattr(train, "_note", interrupt)
-        status, _, err = call(*arguments, tmp_path / "cut")
+    arguments = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 9, "--out")
+    bar.cut_at = 2
+    status, _, err = call(*arguments, tmp_path / "cut")
     assert status == 130
     assert "its state is saved in" in err
     assert "run the same command again: peftjax train --method 'lora(rank=2)'" in err
     assert err.count("\n") == 1
+    assert len(bar.steps) < 9
+    bar.cut_at = None
     assert call(*arguments, tmp_path / "cut")[0] == 0
     assert call(*arguments, tmp_path / "whole")[0] == 0
     assert adapter_of(tmp_path / "cut") == adapter_of(tmp_path / "whole")
+
+
+def test_runs_in_one_program_resume_whatever_the_next_command_asks_for(at, tmp_path, call, monkeypatch, bar):
+    verb = ("train", *base(at, "bert", "rte"), *QUICK, "--method", "lora(rank=2)", "--steps", 9, "--out", tmp_path)
+    bar.cut_at = 2
+    status, _, err = call(*verb, "--seeds", 2)
+    assert status == 130
+    assert err.count("together-") == 1
+    done, bar.cut_at = bar.steps[-1][1], None
+    bar.steps.clear()
+    finish = run._finish
+
+    def cut(job, *args):
+        if job.settings.seed == 1:
+            raise KeyboardInterrupt
+        return finish(job, *args)
+
+    with monkeypatch.context() as m:
+        m.setattr(run, "_finish", cut)
+        assert call(*verb, "--seeds", 3)[0] == 130  # the two first, from where they were; then the scoring is cut off
+    assert bar.steps == [("lora(rank=2), 2 runs", step) for step in range(done + 1, 10)]
+    assert len([*tmp_path.glob("runs/*/result.json")]) == 1
+    bar.steps.clear()
+    assert call(*verb, "--seeds", 3)[0] == 0
+    assert bar.steps == [
+        ("lora(rank=2) seed 2", step) for step in range(1, 10)
+    ]  # only the third is still to be trained
+    assert len([*tmp_path.glob("runs/*/result.json")]) == 3
+    assert not [*tmp_path.glob("runs/together-*")]
 
 
 def adapter_of(folder):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from collections import Counter
 from pathlib import Path
 
 import datasets
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from peftjax.data import Example, batches, bucket_lengths, encode, labels_of, load_rows, make_batch, plan
+from peftjax.data import Example, batches, bucket_lengths, encode, even_batches, labels_of, load_rows, make_batch, plan
 from peftjax.metrics import METRICS
 from peftjax.tasks import TASKS, Hub, Task, e2e_fields, get_task
 
@@ -377,6 +378,24 @@ def test_an_epoch_holds_every_example_once_in_fixed_shapes(lengths, size, seed, 
                 assert loss[mask == 1].tolist() == examples[i].loss_mask
             else:
                 assert not loss.any()
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=150), st.sampled_from([1, 6, 16, 64]))
+@settings(deadline=None, max_examples=40)
+def test_even_batches_hold_every_example_once_with_little_filler(lengths, most):
+    examples = [Example([7] * n, label=i) for i, n in enumerate(lengths)]
+    buckets = bucket_lengths(lengths)
+    even, filled = ([*f(examples, most, buckets, pad_id=0)] for f in (even_batches, batches))
+    assert sorted(i for b in even for i in b["index"].tolist() if i >= 0) == list(range(len(lengths)))
+    assert all(b["attention_mask"].sum() > 0 and len(b["index"]) <= most for b in even)
+    shapes = {b["input_ids"].shape for b in even}
+    assert len({length for _, length in shapes}) == len(shapes)  # one compilation a bucket
+    assert len(even) == len(filled)
+    per_bucket = Counter(b["input_ids"].shape[1] for b in even)
+    filler = Counter()
+    for b in even:
+        filler[b["input_ids"].shape[1]] += int((b["index"] < 0).sum())
+    assert all(filler[length] < 8 * n for length, n in per_bucket.items())
 
 
 def test_order_follows_seed_and_epoch():

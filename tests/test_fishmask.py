@@ -10,10 +10,11 @@ import tiny
 
 from peftjax import chain, compare, hub, masks, merge, partition, stack_layers, unstack_layers
 from peftjax.checkpoint import load_adapter
+from peftjax.loop import fit
 from peftjax.methods import bitfit, fishmask, head, lora
 from peftjax.methods.fishmask import NOWHERE, Sparse, fisher
 from peftjax.methods.lora import LoRA
-from peftjax.train import Settings, fit
+from peftjax.train import Settings
 from peftjax.tree import count, flatten
 from peftjax.weights import Trained, is_node, materialize
 

@@ -16,13 +16,14 @@ from test_numerics import ALL, QV, lora_links
 
 from peftjax import chain, merge, partition, stack_layers
 from peftjax.checkpoint import load_adapter, save_adapter
+from peftjax.loop import fit
 from peftjax.methods import as_lora, lora, lora_fa, lora_plus, olora, pissa, vera
 from peftjax.methods.lora import LoRA
 from peftjax.methods.pissa import Moved, fast_svd
 from peftjax.methods.vera import VeRA
 from peftjax.models.base import hf_name
 from peftjax.run import _once
-from peftjax.train import Settings, fit, make_optimizer
+from peftjax.train import Settings, make_optimizer
 from peftjax.tree import combine, count, flatten, map_with_path
 from peftjax.weights import attend, dot, is_node, map_nodes, take
 

@@ -3,7 +3,11 @@
 import functools
 import importlib.util
 import json
+import os
+import platform
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +19,11 @@ from hypothesis import given, settings as examples, strategies as st
 from peftjax import devices, hub, memory
 from peftjax.compare import set_up
 from peftjax.devices import DEVICES, Device
+from peftjax.loop import NonFinite, Run, fit, fit_together
 from peftjax.memory import Case, DoesNotFit, Plan, abstract_batch, check, largest_batch, lay_out, plan, survey, variants
-from peftjax.methods import full, lora, parse, vera
+from peftjax.methods import full, lora, lora_fa, parse, vera
 from peftjax.problem import objective
-from peftjax.train import Settings, fit
+from peftjax.train import Settings
 from peftjax.tree import count, nbytes
 
 HERE = Device("a small device", "cpu", 10**9)
@@ -68,6 +73,57 @@ def test_parts_are_those_of_the_arrays(cpu):
     assert found.peak == sum(getattr(found, part) for part in memory.COLUMNS[:-1])
     assert found.held == found.peak - found.activations
     assert found.fits
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_plan_of_several_runs_is_that_of_their_program(problem, cpu, lanes):
+    """LoRA-FA's frozen A is each run's own; the base is held once."""
+    method, settings = lora_fa(rank=2), [Settings(batch_size=8, steps=1, seed=i) for i in range(3)]
+    batch = problem.largest_batch(8)
+    model = problem.model
+    runs = [
+        Run(method.init(jax.random.key(i), model.params, model.sites), s, lambda i: iter([batch]))
+        for i, s in enumerate(settings)
+    ]
+    fitted = fit_together(runs, method, objective(problem), 1, lanes=lanes)
+    describe = functools.partial(hub.from_config, model.hf_config, "generation", seed=None)
+    one = Case(describe, lambda _: method, lambda _: batch, "generation", settings[0])
+    found = plan(one._replace(runs=3, lanes=lanes), cpu)
+    assert {f.peak_bytes for f in fitted if not isinstance(f, NonFinite)} == {found.peak}
+    alone = plan(one, cpu)
+    assert found.trainable == 3 * alone.trainable
+    assert found.frozen - alone.frozen == 2 * (alone.frozen - nbytes(model.params)) > 0
+
+
+def test_runs_that_do_not_fit_go_in_turn_or_in_groups(cpu, monkeypatch):
+    gpu = Device("a small device", "cuda", 10**6)
+    asked = []
+
+    def of(room):
+        def fake_plan(case, device):
+            asked.append((case.runs, case.lanes))
+            return fake(3 * case.runs + 10 * case.lanes, room)
+
+        monkeypatch.setattr(memory, "plan", fake_plan)
+        monkeypatch.setattr(memory, "_surely_fits", lambda step, device: False)
+        asked.clear()
+        return memory.room_for(case_of(), gpu, 6)
+
+    assert of(78) == (6, 6)
+    assert of(77) == (6, 3)
+    assert of(30) == (6, 1)
+    assert asked == [(6, 6), (6, 3), (6, 2), (6, 1)]
+    assert of(20) == (3, 1)
+    assert of(12) == (1, 1)  # what does not fit alone is refused before
+    assert memory.room_for(case_of(), gpu._replace(memory=1000), 4) == (1, 1)
+    monkeypatch.undo()
+    assert memory.room_for(case_of(), cpu, 4) == (4, 1)
+    assert memory.room_for(case_of(), cpu, 4, lanes=3) == (4, 3)
+    much = case_of(method=full(), vocab_size=300_000)
+    assert memory.room_for(much, cpu, 4) == (1, 1)
+    assert memory.room_for(much, cpu, 4, lanes=1) == (4, 1)
+    held = [lay_out(case_of()._replace(runs=n)).held for n in (2, 4)]
+    assert memory.room_for(case_of(), cpu._replace(memory=held[1] - 1), 4)[0] < 4
 
 
 def test_nf4_is_counted_by_its_codes():
@@ -377,3 +433,27 @@ def test_measuring_runs_the_step(monkeypatch):
     assert memory.measure(case_of()) == 12345
     ((_, metrics),) = ran
     assert metrics["loss"].shape == ()
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from peftjax.devices import keep_memory
+print(keep_memory())
+for i in range(12):
+    if i == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.ones(8_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc alone has mallopt")
+@pytest.mark.parametrize(("own", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)], ids=["default", "said"])
+def test_a_process_keeps_its_memory_unless_it_is_told_how_to(own, kept):
+    """Ten arrays of 64 MB, one after another: page faults where each is mapped anew."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_TUNABLES"))} | own
+    out = subprocess.run([sys.executable, "-c", FAULTS], env=env, capture_output=True, text=True, check=True).stdout
+    said, faults = out.split()
+    assert said == str(kept)
+    assert (int(faults) < 100) == kept

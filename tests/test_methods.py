@@ -13,6 +13,7 @@ import transformers
 
 from peftjax import METHODS, Method, chain, combine, count, hub, merge, partition, stack_layers
 from peftjax.checkpoint import load_adapter, save_adapter
+from peftjax.loop import fit
 from peftjax.methods import (
     adalora,
     adapter,
@@ -42,7 +43,7 @@ from peftjax.methods import (
     trainable_tokens,
     vera,
 )
-from peftjax.train import Settings, fit
+from peftjax.train import Settings
 from peftjax.tree import cast, flatten, map_with_path
 
 T5_INNER = 24  # features of T5's heads, more than the width

@@ -158,7 +158,18 @@ def test_activations(name):
     from transformers.activations import ACT2FN
 
     x = np.linspace(-6, 6, 201, dtype=np.float32)
-    assert_same(ACTIVATIONS[name](jnp.asarray(x)), ACT2FN[name](torch.tensor(x)), atol=2e-6)
+    there = torch.tensor(x, requires_grad=True)
+    y = ACT2FN[name](there)
+    (slope,) = torch.autograd.grad(y.sum(), there)
+    assert_same(ACTIVATIONS[name](jnp.asarray(x)), y.detach(), atol=2e-6)
+    assert_same(jax.grad(lambda x: ACTIVATIONS[name](x).sum())(jnp.asarray(x)), slope, atol=6e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in ACTIVATIONS if name not in ("relu", "tanh")])
+def test_the_backward_pass_keeps_one_array_of_an_activation(name):
+    x = jax.ShapeDtypeStruct((7, 5), jnp.bfloat16)
+    backward = jax.eval_shape(lambda x: jax.vjp(ACTIVATIONS[name], x)[1], x)
+    assert [(k.shape, k.dtype) for k in jax.tree.leaves(backward)] == [((7, 5), jnp.bfloat16)]
 
 
 # Parity with transformers: Llama
@@ -524,7 +535,7 @@ def test_remat_changes_no_gradient(family, layout, key):
         assert_same(loss1, loss0, atol=1e-6)
         for path, g in flatten(grad0).items():
             assert jnp.abs(g).max() > 0, path
-            assert_same(flatten(grad1)[path], g, atol=1e-6)
+            assert_same(flatten(grad1)[path], g, atol=3e-6)
 
 
 # Dropout

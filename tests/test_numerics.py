@@ -38,13 +38,14 @@ from reference import (
 )
 
 from peftjax import Site, chain, hub, masks, merge, partition, stack_layers, unstack_layers
+from peftjax.loop import fit
 from peftjax.methods import METHODS, bitfit, dora, fishmask, full, head, lora, prefix
 from peftjax.methods.dora import DoRA
 from peftjax.methods.fishmask import Sparse, fisher
 from peftjax.methods.lora import LoRA
 from peftjax.methods.prefix import PrefixMLP
 from peftjax.models.base import hf_name
-from peftjax.train import Settings, fit
+from peftjax.train import Settings
 from peftjax.tree import combine, count, flatten, map_with_path
 from peftjax.weights import Trained, attend, dot, is_node, take
 

@@ -234,7 +234,7 @@ def test_gradients_over_codes_are_those_over_the_array(models, family, how):
     for other in found[1:]:
         assert other.keys() == found[0].keys()
         for path, x in other.items():
-            np.testing.assert_allclose(x, found[0][path], atol=1e-4, rtol=1e-3)
+            np.testing.assert_allclose(x, found[0][path], atol=3e-4, rtol=1e-3)  # of up to 0.4; attention saturates
 
 
 @pytest.mark.parametrize("name", ["lora", "dora-everywhere", "prefix+lora"])

@@ -12,12 +12,13 @@ import tiny
 from reference import Link, check, fill, negative_log_likelihood, pair, peft, randomise, start
 
 from peftjax import chain, hub, merge, partition
+from peftjax.loop import fit
 from peftjax.methods import child_tuning, full, lora_fa, norm_tuning, pissa, prefix, trainable_tokens, vera
 from peftjax.methods.child_tuning import drawn_gradients
 from peftjax.methods.fishmask import Sparse, fisher
 from peftjax.methods.trainable_tokens import Tokens
 from peftjax.models.base import hf_name
-from peftjax.train import Settings, fit
+from peftjax.train import Settings
 from peftjax.tree import flatten
 from peftjax.weights import Trained, attend, is_node, take
 

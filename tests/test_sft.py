@@ -13,12 +13,13 @@ from conftest import SHARED, STORIES, needs_shared
 from peftjax import chain, data, hub, merge, sft
 from peftjax.checkpoint import load_adapter, read_header, save_adapter
 from peftjax.cli import main
+from peftjax.loop import fit
 from peftjax.methods import METHODS, lora, neftune, parse, prefix, prompt
 from peftjax.methods.neftune import Noise
 from peftjax.problem import objective, prepare
 from peftjax.run import Entry, run
 from peftjax.tasks import TASKS, Chats
-from peftjax.train import Settings, fit
+from peftjax.train import Settings
 from peftjax.tree import flatten, map_with_path, update
 
 USER, BOT = "user", "assistant"

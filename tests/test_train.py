@@ -15,20 +15,10 @@ import tiny
 
 from peftjax import chain, combine, masks, merge, method, partition, unstack_layers
 from peftjax.checkpoint import StateFolder
+from peftjax.loop import Interrupted, NonFinite, fit
 from peftjax.methods import bitfit, dora, full, head, ia3, lora, olora, pissa, prefix, vera
 from peftjax.problem import Evaluator, objective
-from peftjax.train import (
-    Interrupted,
-    NonFinite,
-    Settings,
-    TrainState,
-    decays,
-    fit,
-    make_optimizer,
-    make_step,
-    schedule,
-    start,
-)
+from peftjax.train import Settings, TrainState, decays, make_optimizer, make_step, schedule, start
 from peftjax.tree import count, flatten
 
 PARAMS = {"lin": {"kernel": jnp.ones((4, 3)) / 4, "bias": jnp.ones(3)}, "norm": {"scale": jnp.ones(4)}}
@@ -110,7 +100,7 @@ def test_frozen_leaves_stay_bit_equal_and_the_optimizer_holds_nothing_for_them(r
     count = len(jax.tree.leaves(trainable))
     shapes = sorted(x.shape for x in jax.tree.leaves(state.opt_state) if x.ndim)
     assert shapes == sorted(2 * [x.shape for x in jax.tree.leaves(trainable) if x.ndim])
-    assert len(jax.tree.leaves(state.opt_state)) == 2 * count + 2  # Adam's two moments, two step counts
+    assert len(jax.tree.leaves(state.opt_state)) == 2 * count + 3  # Adam's moments, two step counts, the rate
 
 
 def test_weight_decay_spares_biases_and_norms_whatever_stands_there(rte):
@@ -353,7 +343,7 @@ def test_a_loss_that_stops_being_finite(tmp_path):
     folder = StateFolder(tmp_path / "state")
     assert folder.latest() == 7
     first, _ = start(toy(), PARAMS, make_optimizer(settings, 10, toy()))
-    (state, _), _ = folder.restore(7, (first, first.trainable))
+    (state, _), _ = folder.restore(7, (first, [first.trainable]))
     folder.close()
     assert int(state.step) == 7
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
@@ -385,7 +375,7 @@ def test_an_interrupt_saves_the_state_and_says_how_to_resume(tmp_path):
     assert signal.getsignal(signal.SIGINT) is before
     steps = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert steps == list(range(1, len(steps) + 1))
-    assert len(steps) in (6, 7)
+    assert 6 <= len(steps) <= 9  # the steps under way are read too
     resumed = fit_toy(folder=tmp_path)
     assert losses(resumed) == losses(plain)
     assert tiny.same(resumed.params, plain.params)

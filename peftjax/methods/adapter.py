@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from .. import masks
 from ..models.layers import activation as activation_of
 from ..tree import update
-from ..weights import node, static
+from ..weights import node, product, static
 from .base import Method, method, path_key, plain
 
 AFTER_BOTH = ("attention_output", "mlp_output")  # hooks of a block
@@ -35,8 +35,8 @@ class Adapter:
 
     def __call__(self, y, *, x, context):
         w1, b1, w2, b2 = (w.astype(y.dtype) for w in (self.w1, self.b1, self.w2, self.b2))
-        h = activation_of(self.activation)((x if self.parallel else y) @ w1 + b1)
-        return y + self.scale * (h @ w2 + b2)
+        h = activation_of(self.activation)(product(x if self.parallel else y, w1) + b1)
+        return y + self.scale * (product(h, w2) + b2)
 
 
 def adapter(

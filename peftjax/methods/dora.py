@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..weights import Weight, attend, dot, materialize, node, static, take
+from ..weights import Weight, attend, dot, materialize, node, product, static, take
 from .base import Method
 from .lora import Factors, drop, low_rank, low_rank_arguments, low_rank_sum
 
@@ -75,23 +75,23 @@ class Stretched(Weight):
 
     def dot(self, x):
         w = self.base
-        a, b = w.a.astype(x.dtype), w.b.astype(x.dtype)
+        a, b = w.a.astype(x.dtype), (w.scale * self.factor * w.b).astype(x.dtype)
         dropped = drop(x, w.key, w.dropout)
         y = dot(w.base, dropped)
-        changed = _times(self.factor, y + w.scale * ((dropped @ a) @ b))
+        changed = _times(self.factor, y) + product(product(dropped, a), b)  # the sum of the two is never stored
         return changed if dropped is x else dot(w.base, x) - y + changed
 
     def take(self, ids):
         w = self.base
         rows = take(w.base, ids)
-        return _times(self.factor, rows + (w.scale * (w.a[ids] @ w.b)).astype(rows.dtype))
+        return _times(self.factor, rows + (w.scale * product(w.a[ids], w.b)).astype(rows.dtype))
 
     def attend(self, x):
         w = self.base
         if w.only == "take":
             return attend(w.base, x)
         x = _times(self.factor, x)
-        return attend(w.base, x) + w.scale * attend(w.a, attend(w.b, x))
+        return attend(w.base, x) + w.scale * product(attend(w.b, x), w.a.T.astype(x.dtype))
 
 
 def _times(c: jax.Array, y: jax.Array) -> jax.Array:

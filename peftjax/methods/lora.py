@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from .. import masks
 from ..tree import Tree, matches
-from ..weights import Weight, attend, dot, map_nodes, materialize, node, static, take
+from ..weights import Weight, attend, dot, map_nodes, materialize, node, product, static, take
 from .base import Method, Site, leaf_key, method, plain, select, wrap
 
 
@@ -43,15 +43,17 @@ class LoRA(Weight):
 
     def dot(self, x):
         a, b = self.a.astype(x.dtype), self.b.astype(x.dtype)
-        return dot(self.base, x) + self.scale * ((drop(x, self.key, self.dropout) @ a) @ b)
+        return dot(self.base, x) + self.scale * product(product(drop(x, self.key, self.dropout), a), b)
 
     def take(self, ids):
         rows = take(self.base, ids)
-        return rows + (self.scale * (self.a[ids] @ self.b)).astype(rows.dtype)
+        return rows + (self.scale * product(self.a[ids], self.b)).astype(rows.dtype)
 
     def attend(self, x):
         y = attend(self.base, x)
-        return y if self.only == "take" else y + self.scale * attend(self.a, attend(self.b, x))
+        if self.only == "take":
+            return y
+        return y + self.scale * product(attend(self.b, x), self.a.T.astype(x.dtype))
 
 
 def low_rank_sum(w: Any) -> jax.Array:
@@ -61,9 +63,9 @@ def low_rank_sum(w: Any) -> jax.Array:
       ValueError: it acts on the look-up of a tied embedding only.
     """
     check_whole(w)
-    base, product = materialize(w.base), w.scale * (w.a @ w.b)
-    wide = max(base.dtype, product.dtype, key=lambda dtype: dtype.itemsize)
-    return base.astype(wide) + product.astype(wide)
+    base, change = materialize(w.base), w.scale * (w.a @ w.b)
+    wide = max(base.dtype, change.dtype, key=lambda dtype: dtype.itemsize)
+    return base.astype(wide) + change.astype(wide)
 
 
 def check_whole(w: Any) -> None:

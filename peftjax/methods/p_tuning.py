@@ -43,14 +43,16 @@ class PromptEncoder:
 def _lstm(layer: dict, xs: jax.Array) -> jax.Array:
     """(n, inputs) -> (n, hidden): `c = σ(f) c + σ(i) tanh(g)`, `h = σ(o) tanh(c)` (Hochreiter & Schmidhuber 1997)."""
 
+    into, across = jnp.split(layer["w"], [xs.shape[1]])  # what does not depend on h is one product for all positions
+
     def step(carry, x):
         h, c = carry
-        i, f, g, o = jnp.split(jnp.concatenate([x, h]) @ layer["w"] + layer["b1"], 4)
+        i, f, g, o = jnp.split(x + h @ across, 4)
         c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
         return (h := jax.nn.sigmoid(o) * jnp.tanh(c), c), h
 
     zero = jnp.zeros(layer["w"].shape[1] // 4, xs.dtype)
-    return jax.lax.scan(step, (zero, zero), xs)[1]
+    return jax.lax.scan(step, (zero, zero), xs @ into + layer["b1"])[1]
 
 
 def p_tuning(length: int = 20, *, encoder: str = "lstm", hidden: int = 128, layers: int = 2) -> Method:

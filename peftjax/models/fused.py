@@ -59,8 +59,9 @@ class Attention(nn.Module):
             k, v = cache = write_cache(cache, k, v, context.index)
         seen = k.shape[1]
         k, v = hook(self, "prefix", (k, v), x=x, context=context)
-        added, drop, fixed = bias(k.shape[1] - seen), self.dropout, context.deterministic
-        y = attention(self, q, k, v, context.mask, bias=added, dropout=drop, deterministic=fixed)
+        added, causal = bias(k.shape[1] - seen), context.causal
+        drop, fixed = self.dropout, context.deterministic
+        y = attention(self, q, k, v, context.mask, bias=added, causal=causal, dropout=drop, deterministic=fixed)
         return Linear(width, self.use_bias, self.std, name="dense")(y, context), cache
 
 

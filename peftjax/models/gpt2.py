@@ -62,7 +62,8 @@ class Attention(nn.Module):
         if cache is not None and context.index is not None:
             k, v = cache = write_cache(cache, k, v, context.index)
         k, v = hook(self, "prefix", (k, v), x=x, context=context)
-        y = attention(self, q, k, v, context.mask, dropout=c.attn_pdrop, deterministic=context.deterministic)
+        causal, fixed = context.causal, context.deterministic
+        y = attention(self, q, k, v, context.mask, causal=causal, dropout=c.attn_pdrop, deterministic=fixed)
         y = Linear(c.n_embd, std=c.initializer_range / (2 * c.n_layer) ** 0.5, name="c_proj")(y, context)
         return nn.Dropout(c.resid_pdrop)(y, deterministic=context.deterministic), cache
 

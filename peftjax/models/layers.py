@@ -20,6 +20,7 @@ at padding.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -40,12 +41,14 @@ class Context(NamedTuple):
       positions: (batch, length) of the tokens.
       index: where in the cache the first of these tokens goes; None without a cache.
       deterministic: no dropout.
+      causal: whether the mask shows no token a later one; it may hide more.
     """
 
     mask: jax.Array | None
     positions: jax.Array
     index: jax.Array | None = None
     deterministic: bool = True
+    causal: bool = False
 
 
 class Cache(NamedTuple):
@@ -66,15 +69,48 @@ class Cache(NamedTuple):
     source: jax.Array | None = None
 
 
+def elementwise(f: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """An elementwise function whose backward pass keeps one array, its slope, made beside its value.
+
+    It is computed in float32. What autodiff would keep of a gelu are three arrays, each written and read again.
+    """
+
+    def wide(x):
+        return f(x.astype(jnp.float32)).astype(x.dtype)
+
+    @jax.custom_jvp
+    def g(x):
+        return wide(x)
+
+    @g.defjvp
+    def _(primals, tangents):
+        y, slope = jax.jvp(wide, primals, (jnp.ones_like(primals[0]),))
+        return y, slope * tangents[0]
+
+    return g
+
+
+@elementwise
+def gelu(x):
+    """`x Φ(x)`, Φ by erf as PyTorch has it; by erfc it takes a CPU twice the time."""
+    return 0.5 * x * (1 + jax.lax.erf(x * 2**-0.5))
+
+
+@elementwise
+def gelu_tanh(x):
+    return jax.nn.gelu(x, approximate=True)
+
+
+silu = elementwise(jax.nn.silu)
 ACTIVATIONS: dict[str, Callable] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": gelu,
+    "gelu_new": gelu_tanh,
+    "gelu_pytorch_tanh": gelu_tanh,
+    "gelu_fast": gelu_tanh,
+    "quick_gelu": elementwise(lambda x: x * jax.nn.sigmoid(1.702 * x)),
     "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "swish": jax.nn.silu,
+    "silu": silu,
+    "swish": silu,
     "tanh": jnp.tanh,
 }
 
@@ -209,12 +245,15 @@ def attention(
     bias=None,
     scale: float | None = None,
     cap: float | None = None,
+    causal: bool = False,
     dropout: float = 0.0,
     deterministic: bool = True,
 ):
     """Dot-product attention with grouped key/value heads and dropout on the probabilities.
 
     Without dropout and cap it is cuDNN's in a program that is lowered for a GPU, where that fits (`cudnn.fits`).
+    Elsewhere queries of a causal mask are taken in blocks, and of a block's scores those that it cannot see are not
+    computed, which leaves a little more than half of them.
 
     Args:
       module: gives the dropout key.
@@ -225,6 +264,8 @@ def attention(
       bias: (batch or 1, heads, queries or 1, keys), added to the scores; keys of a prefix included.
       scale: of the scores, before the bias; default: 1 / sqrt(size).
       cap: the scaled scores s become cap · tanh(s / cap), before the bias.
+      causal: whether the mask hides from every query the keys that come after its own, the last query's being the
+        last key.
 
     Returns:
       (batch, queries, heads · size)
@@ -232,25 +273,73 @@ def attention(
     extra = k.shape[1] - mask.shape[-1]
     if extra:
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (extra, 0)), constant_values=True)
-    if (deterministic or not dropout) and cap is None:
-        attend = functools.partial(jax.nn.dot_product_attention, scale=scale)
-        if cudnn.fits(q, k, v):
-            fused = functools.partial(cudnn.attention, scale)
-            attend = functools.partial(jax.lax.platform_dependent, cuda=fused, default=attend)
-        y = attend(q, k, v, bias, mask)
+    drops = bool(dropout) and not deterministic
+
+    def drop(weights):
+        return nn.Dropout(dropout, parent=module)(weights, deterministic=False) if drops else weights
+
+    def attend(q, k, v, bias, mask):
+        hidden = k.shape[1] - q.shape[1]  # keys before the first query's own
+        ends = _ends(q.shape[1]) if causal and hidden >= 0 else [q.shape[1]]
+        blocks = []
+        for first, end in itertools.pairwise([0, *ends]):
+            seen = hidden + end if causal and hidden >= 0 else k.shape[1]
+            own = [None if x is None else x[:, :, first:end] if x.shape[2] > 1 else x for x in (bias, mask)]
+            bias_, mask_ = (None if x is None else x[..., :seen] for x in own)
+            blocks.append(_attend(q[:, first:end], k[:, :seen], v[:, :seen], bias_, mask_, scale, cap, drop))
+        return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+
+    if not drops and cap is None and cudnn.fits(q, k, v):
+        fused = functools.partial(cudnn.attention, scale)
+        y = jax.lax.platform_dependent(q, k, v, bias, mask, cuda=fused, default=attend)
     else:
-        groups = q.shape[2] // k.shape[2]
-        grouped = q.reshape(*q.shape[:2], k.shape[2], groups, q.shape[-1])
-        scores = jnp.einsum("bqhgd,bkhd->bhgqk", grouped, k, preferred_element_type=jnp.float32)
-        scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
-        if cap is not None:
-            scores = cap * jnp.tanh(scores / cap)
-        if bias is not None:
-            scores = scores + bias.astype(jnp.float32).reshape(-1, k.shape[2], groups, *bias.shape[2:])
-        scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
-        p = nn.Dropout(dropout, parent=module)(jax.nn.softmax(scores, axis=-1), deterministic=deterministic)
-        y = jnp.einsum("bhgqk,bkhd->bqhgd", p.astype(v.dtype), v)
+        y = attend(q, k, v, bias, mask)
     return y.reshape(*q.shape[:2], -1)
+
+
+BLOCK, BLOCKS = 64, 8  # queries of a block of causal attention, at least; blocks, at most: each is compiled
+
+
+def _ends(queries: int) -> list[int]:
+    """Where the blocks of so many queries end.
+
+    >>> _ends(63), _ends(200), _ends(2048)[:3]
+    ([63], [67, 134, 200], [256, 512, 768])
+    """
+    n = max(1, min(BLOCKS, queries // BLOCK))
+    size = math.ceil(queries / n)
+    return [min(queries, (i + 1) * size) for i in range(n)]
+
+
+def _attend(q, k, v, bias, mask, scale, cap, drop):
+    """`softmax(q k) v`, heads first, so that both are products of matrices; scores, sums and quotients are float32.
+
+    It divides at the end, where there is less to divide, and the gradient by a score is `p (dp - y dy)` as in flash
+    attention: where p is nearly 1 that difference is rounded as its terms are, as it is not in a softmax of its own.
+
+    Args:
+      as for `attention`, but the mask is for all keys, and `drop` takes what is to be divided.
+
+    Returns:
+      (batch, queries, heads, size)
+    """
+    batch, queries, heads, size = q.shape
+    keys, shared = k.shape[1:3]
+    grouped = q.reshape(batch, queries, shared, -1, size).transpose(0, 2, 3, 1, 4).reshape(batch, shared, -1, size)
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    both = ((0, 1), (0, 1))
+    scores = jax.lax.dot_general(grouped, k, (((3,), (3,)), both), preferred_element_type=jnp.float32)
+    scores = scores.reshape(batch, shared, -1, queries, keys) * (size**-0.5 if scale is None else scale)
+    if cap is not None:
+        scores = cap * jnp.tanh(scores / cap)
+    if bias is not None:
+        scores = scores + bias.astype(jnp.float32).reshape(-1, shared, heads // shared, *bias.shape[2:])
+    scores = jnp.where(mask[:, :, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(scores - jax.lax.stop_gradient(scores.max(-1, keepdims=True)))
+    dropped = drop(weights).astype(v.dtype).reshape(batch, shared, -1, keys)
+    y = jax.lax.dot_general(dropped, v, (((3,), (2,)), both), preferred_element_type=jnp.float32)
+    y = (y.reshape(batch, shared, -1, queries, size) / weights.sum(-1, keepdims=True)).astype(q.dtype)
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, queries, heads, size)
 
 
 def causal_mask(attention_mask: jax.Array) -> jax.Array:
@@ -335,7 +424,7 @@ def causal_context(
         mask = causal_mask(attention_mask)
         if segments is not None:
             mask &= _same_text(segments, attention_mask.shape[1])
-        return Context(mask, positions, None, deterministic), None
+        return Context(mask, positions, None, deterministic, causal=True), None
     extended, mask = extend_cache(cache, attention_mask)
     return Context(mask, positions, cache.index, deterministic), extended
 
@@ -388,21 +477,6 @@ def write_cache(layer: tuple, k: jax.Array, v: jax.Array, index: jax.Array) -> t
     )
 
 
-def _products(prim: Any, *args: Any, **params: Any) -> bool:
-    """A policy of `jax.checkpoint`: what `x W` gives is kept, for x of three axes or more and W of full rank.
-
-    A policy reaches into the checkpoints of nodes too (`weights.Weight.dot`). There, a product of two matrices makes a
-    dense array as large as a weight, which is what those checkpoints are to keep out of memory. The low-rank `(x A) B`
-    beside `x W` would take as much memory as that and costs next to nothing.
-    """
-    if not jax.checkpoint_policies.dots_with_no_batch_dims_saveable(prim, *args, **params):
-        return False
-    x, w = args
-    ((over, _), _) = params["dimension_numbers"]
-    terms = math.prod(x.shape[i] for i in over)
-    return x.ndim > 2 and 8 * terms > w.size // terms
-
-
 def _recompute(policy: Callable) -> Callable:
     return lambda call, **how: nn.remat(call, policy=policy, **how)
 
@@ -411,7 +485,7 @@ def _recompute(policy: Callable) -> Callable:
 REMAT: dict[str, Callable] = {
     "none": lambda call, **how: call,  # all activations are kept
     "block": _recompute(jax.checkpoint_policies.nothing_saveable),  # its input
-    "dots": _recompute(_products),  # its input, and what its weights give of theirs
+    "dots": _recompute(jax.checkpoint_policies.save_only_these_names(weights.DOT)),  # and what its weights give
 }
 
 
@@ -446,11 +520,11 @@ def run_blocks(
       ValueError: an unknown name of that kind.
     """
     stacked = f"{name}_*"
-    deterministic = context.deterministic
-    arrays = context._replace(deterministic=None)
+    static = {"deterministic": context.deterministic, "causal": context.causal}
+    arrays = context._replace(**dict.fromkeys(static))
 
     def call(module, x, layer, own, arrays, args):
-        return module(x, layer, arrays._replace(deterministic=deterministic), *own, *args)
+        return module(x, layer, arrays._replace(**static), *own, *args)
 
     if parent.has_variable("params", stacked):
         body = rematerialise(call, remat, prevent_cse=False)  # two loops share nothing to eliminate

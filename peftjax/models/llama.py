@@ -100,7 +100,8 @@ class Attention(nn.Module):
             k, v = cache = write_cache(cache, k, v, context.index)
         k, v = hook(self, "prefix", (k, v), x=x, context=context)
         drop = c.attention_dropout
-        y = attention(self, q, k, v, context.mask, dropout=drop, deterministic=context.deterministic)
+        causal, fixed = context.causal, context.deterministic
+        y = attention(self, q, k, v, context.mask, causal=causal, dropout=drop, deterministic=fixed)
         return Linear(c.hidden_size, d.out_bias, c.initializer_range, name="o_proj")(y, context), cache
 
 
