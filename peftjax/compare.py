@@ -110,12 +110,8 @@ def compare(
         for entry, own in zip(chosen, rated, strict=True)
         for seed in range(seeds)
     ]
-    jobs = _jobs(problem, runs, out)
-    found = _train_all(jobs, evaluator, lanes, watch, say)
-    results += [r for r in found if not isinstance(r, NonFinite)]
-    left_out = [f"{_title(j)} is left out: {e}" for j, e in zip(jobs, found, strict=True) if isinstance(e, NonFinite)]
-    if not any(r["trainable"] for r in results):
-        raise ValueError("no method finished with a finite loss; try smaller learning rates with --lr")
+    trained, left_out = _train_all(_jobs(problem, runs, out), evaluator, lanes, watch, say)
+    results += trained
     title = f"{Path(model_name).name} on {task}"
     return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
 
@@ -135,8 +131,12 @@ def _jobs(problem: Problem, runs: Iterable[tuple[Entry, Settings]], out: Path) -
 
 def _train_all(
     jobs: Sequence[Job], evaluator: Evaluator, lanes: int | None, watch: Callable, say: Callable
-) -> list[dict | NonFinite]:
-    """Results in the order of the jobs, those in one program together."""
+) -> tuple[list[dict], list[str]]:
+    """Results in the order of the jobs, those in one program together; and what is left out, with the reason.
+
+    Raises:
+      ValueError: nothing is left.
+    """
     found: dict[Path, dict | NonFinite] = {}
     for job in jobs:
         if (job.folder / "result.json").is_file():
@@ -148,9 +148,16 @@ def _train_all(
         for job, result in zip(group, ended, strict=True):
             found[job.folder] = result
             if isinstance(result, NonFinite):
-                say(f"{_title(job)} is left out: {result}")
-    results = [(job, found[job.folder]) for job in jobs]
-    return [r if isinstance(r, NonFinite) else r | {"method": job.entry.name} for job, r in results]
+                say(_left_out(job, result))
+    ended = [(job, found[job.folder]) for job in jobs]
+    results = [r | {"method": job.entry.name} for job, r in ended if not isinstance(r, NonFinite)]
+    if not results:
+        raise ValueError("no run finished with a finite loss; try smaller learning rates with --lr")
+    return results, [_left_out(job, e) for job, e in ended if isinstance(e, NonFinite)]
+
+
+def _left_out(job: Job, why: NonFinite) -> str:
+    return f"{_title(job)} is left out: {why}"
 
 
 def _programs(jobs: Sequence[Job], lanes: int | None) -> Iterator[tuple[list[Job], int]]:
@@ -293,12 +300,7 @@ def train_several(
     for rate, one, seed in itertools.product(chosen, entries, seeds):
         named = one._replace(name=f"{one.name}, lr {rate:g}") if len(chosen) > 1 else one
         runs.append((named, dataclasses.replace(settings, learning_rate=rate, seed=seed)))
-    jobs = _jobs(problem, runs, out)
-    found = _train_all(jobs, Evaluator(problem), lanes, watch, say)
-    results = [r for r in found if not isinstance(r, NonFinite)]
-    left_out = [f"{_title(j)} is left out: {e}" for j, e in zip(jobs, found, strict=True) if isinstance(e, NonFinite)]
-    if not results:
-        raise ValueError("no run finished with a finite loss; try smaller learning rates with --lr")
+    results, left_out = _train_all(_jobs(problem, runs, out), Evaluator(problem), lanes, watch, say)
     title = f"{entry.name}: {Path(model_name).name} on {row.name}"
     return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
 

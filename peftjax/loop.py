@@ -80,6 +80,11 @@ class Fitted(NamedTuple):
     together: int = 1
 
 
+def lower(new: dict, old: dict) -> bool:
+    """Whether the loss of these scores is below that of the old ones."""
+    return new["loss"] < old["loss"]
+
+
 def fit(
     params: Tree,
     method: Method,
@@ -88,8 +93,11 @@ def fit(
     steps_per_epoch: int,
     settings: Settings,
     *,
+    evaluate: Callable[[Tree], dict] | None = None,
+    better: Callable[[dict, dict], bool] = lower,
     folder: str | Path | None = None,
-    **rest: Any,
+    resume_hint: str = "run the same command again",
+    report: Callable[[dict], None] = lambda record: None,
 ) -> Fitted:
     """Trains a method and keeps its best state.
 
@@ -98,7 +106,7 @@ def fit(
       objective: (params, batch, key) -> (sum of losses, sum of weights).
       epoch: number -> its batches, a function of nothing else, so that a run can resume anywhere.
       folder: where training states and the log go; a run with the same folder resumes from the newest.
-      rest: `evaluate`, `better`, `resume_hint` and `report` of `fit_together`.
+      evaluate, better, resume_hint, report: as for `fit_together`.
 
     Raises:
       NonFinite: with the step and the last finite values; the state before it is saved. Also for a
@@ -107,7 +115,8 @@ def fit(
     """
     states = None if folder is None else Path(folder) / "state"
     run = Run(params, settings, epoch, folder)
-    (found,) = fit_together([run], method, objective, steps_per_epoch, states=states, **rest)
+    how: dict[str, Any] = {"evaluate": evaluate, "better": better, "resume_hint": resume_hint, "report": report}
+    (found,) = fit_together([run], method, objective, steps_per_epoch, states=states, **how)
     if isinstance(found, NonFinite):
         raise found
     return found
@@ -121,7 +130,7 @@ def fit_together(
     *,
     lanes: int | None = None,
     evaluate: Callable[[Tree], dict] | None = None,
-    better: Callable[[dict, dict], bool] = lambda new, old: new["loss"] < old["loss"],
+    better: Callable[[dict, dict], bool] = lower,
     states: str | Path | None = None,
     resume_hint: str = "run the same command again",
     report: Callable[[dict], None] = lambda record: None,

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextlib.contextmanager
 def watch(console: Console, title: str) -> Iterator[Callable[[dict], None]]:
-    """Gives a function to call with each record of `peftjax.train.fit`; an evaluation becomes a line."""
+    """Gives a function to call with each record of `peftjax.loop.fit`; an evaluation becomes a line."""
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),

@@ -18,7 +18,7 @@ import jax
 
 from .checkpoint import save_adapter, write_atomically
 from .hub import BUNDLED, Model, fingerprint
-from .loop import Fitted, NonFinite, Run, fit_together
+from .loop import Fitted, NonFinite, Run, fit_together, lower
 from .methods import METHODS, TABLE, Method, build, chain, default_rate, head, parse, with_text_ids
 from .problem import Evaluator, Problem, objective
 from .quantize import quantized_as
@@ -297,7 +297,7 @@ def _go_together(runs: Sequence[Run]) -> bool:
 
 def _better(problem: Problem) -> Callable[[dict, dict], bool]:
     if problem.task.kind == "generation":
-        return lambda new, old: new["loss"] < old["loss"]
+        return lower
     return lambda new, old: new[problem.task.headline] > old[problem.task.headline]
 
 

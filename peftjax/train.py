@@ -144,7 +144,12 @@ class Rate(NamedTuple):
 def times_rate(rate: float) -> optax.GradientTransformation:
     """Multiplies the updates by a rate that is part of the state, so that runs with several share a program.
 
-    AdamW's update, decay included, is linear in the learning rate: the schedule before it has its peak at 1.
+    AdamW's update, decay included, is linear in the learning rate (Loshchilov and Hutter 2019, arXiv:1711.05101,
+    algorithm 2, line 12): the schedule before it has its peak at 1.
+
+    >>> tx = times_rate(0.5)
+    >>> tx.update({"w": jnp.ones(2)}, tx.init(None))[0]["w"].tolist()
+    [0.5, 0.5]
     """
 
     def update(updates, state, params=None):

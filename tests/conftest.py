@@ -1,6 +1,7 @@
 """What all tests share: the shared data, quick compilation, a key of its own for each test."""
 
 import importlib.metadata
+import importlib.util
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -12,6 +13,7 @@ if importlib.metadata.version("jax").startswith("0.10."):  # later ones do not k
 os.environ.setdefault("XLA_FLAGS", QUICK_COMPILE)
 
 import io
+import types
 from pathlib import Path
 
 import jax
@@ -21,7 +23,18 @@ SHARED = Path(__file__).parents[2] / "shared"
 STORIES = SHARED / "models/stories260K"
 CAPP = SHARED / "models/capp-gpt2-tiny"
 MINILM = SHARED / "models/all-MiniLM-L6-v2"
+EXPERIMENTS = Path(__file__).parents[1] / "experiments"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the shared data and weights are not here")
+
+
+def experiment(name: str) -> types.ModuleType:
+    """A script of `experiments/` as a module."""
+    spec = importlib.util.spec_from_file_location(name, EXPERIMENTS / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

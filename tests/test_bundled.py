@@ -1,6 +1,5 @@
 """The bundled base and the script that made it."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -10,21 +9,16 @@ import numpy as np
 import optax
 import pytest
 import transformers
-from conftest import SHARED, needs_shared
+from conftest import EXPERIMENTS, SHARED, experiment, needs_shared
 
 from peftjax import count, hub
 
 FOLDER = hub.BUNDLED["tiny-books"].folder
-SCRIPT = Path(__file__).parents[1] / "experiments/pretrain.py"
+SCRIPT = EXPERIMENTS / "pretrain.py"
 
 
 def script():
-    spec = importlib.util.spec_from_file_location("pretrain", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return experiment("pretrain")
 
 
 def stated(row: str) -> float:

@@ -1,6 +1,5 @@
 """What loading takes of the host's memory, and what it says of folders that are not right."""
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -11,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from conftest import EXPERIMENTS, experiment
 from safetensors.numpy import load_file, save_file
 
 from peftjax import hub
 from peftjax.tree import flatten
 
-EXPERIMENT = Path(__file__).parents[1] / "experiments/loading.py"
+EXPERIMENT = EXPERIMENTS / "loading.py"
 needs_proc = pytest.mark.skipif(
     not (EXPERIMENT.is_file() and Path("/proc/self/clear_refs").is_file()), reason="memory is read from Linux's /proc"
 )
@@ -24,12 +24,7 @@ needs_proc = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def loading():
-    spec = importlib.util.spec_from_file_location("loading", EXPERIMENT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return experiment("loading")
 
 
 @pytest.fixture(scope="module")

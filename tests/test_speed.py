@@ -1,26 +1,20 @@
 """Whether the two sides of `experiments/speed.py` compute the same."""
 
-import importlib.util
 import warnings
-from pathlib import Path
 
 import pytest
+from conftest import EXPERIMENTS, experiment
 
 for name in ("torch", "peft"):
     pytest.importorskip(name)
 warnings.filterwarnings("ignore", module="peft")
-EXPERIMENT = Path(__file__).parents[1] / "experiments/speed.py"
+EXPERIMENT = EXPERIMENTS / "speed.py"
 pytestmark = pytest.mark.skipif(not EXPERIMENT.is_file(), reason="the experiments are not here")
 
 
 @pytest.fixture(scope="module")
 def speed():
-    spec = importlib.util.spec_from_file_location("speed", EXPERIMENT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return experiment("speed")
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,9 @@ from .lora import LoRA
 class Ranked(LoRA):
     """`W + A diag(scale) B`: a LoRA whose `scale`, (r,) in float32, is 0 beyond its own rank.
 
-    There A's columns and B's rows are 0, have no gradient and stay 0, so that the rest trains as the LoRA of the
-    smaller rank does; only the random rounding of trainables in bfloat16 draws other numbers for a padded array.
+    Hu et al. 2022 (arXiv:2106.09685), equation 3, with A of (inputs, r) and B of (r, outputs) padded by zeros. Those
+    columns and rows have no gradient and stay 0, so that the rest trains as the LoRA of the smaller rank does; only the
+    random rounding of trainables in bfloat16 draws other numbers for a padded array.
     """
 
     scale: Any = None
