@@ -115,6 +115,12 @@ def test_seeds_and_rates_in_one_program_equal_separate_runs(e2e, name):
     assert all(isinstance(f, NonFinite) or f.together == 2 for f in together)
 
 
+def test_eight_seeds_equal_eight_separate_runs(rte):
+    seeds = [dataclasses.replace(COMMON, seed=seed, steps=4) for seed in range(8)]
+    m = chain(lora(rank=1, targets=["query"]), head())
+    check_same(train(rte, [m] * 8, seeds), [alone(rte, m, s) for s in seeds])
+
+
 @pytest.mark.parametrize("lanes", [1, 2])
 def test_lanes_change_no_number(rte, lanes):
     m = chain(lora(rank=2, dropout=0.2), head())
