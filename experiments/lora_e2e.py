@@ -12,7 +12,8 @@ the published 0.35M, which is 0.1% of the model; r stays 4. Warm-up of 500 steps
 Not here: label smoothing of 0.1, Lin et al.'s adapters (AdapterL), and AdapterH of 11.09M, which no size gives.
 
 Small: 4 runs a method on 10,002 training rows, scored on the whole test set; minutes to half an hour each on two CPU
-cores, as `--model` is large. Paper: 4 N FLOPs a token come to half an hour of an H200, decoding aside.
+cores, as `--model` is large.
+Paper: 4 N FLOPs a token come to half an hour of an H200, decoding aside.
 """
 
 from paper import E2E, Table, e2e_small, main, named, published, rows

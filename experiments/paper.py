@@ -436,33 +436,25 @@ def trained(model: hub.Model, method: Method) -> int:
     return count(partition(params, method.trainable(params))[0])
 
 
-def counted(table: Table) -> Iterator[dict]:
-    """A record of every published count: ours, what was printed, and how they agree or why they do not.
+def listed_counts(table: Table) -> list[Count]:
+    """What is counted of a table: its rows that have a published number or a method of ours, and what stands beside."""
+    found = [Count(r.model, r.setting, r.trainable, r.method) for rs in table.rows.values() for r in rs]
+    return [c for c in dict.fromkeys((*found, *table.counts)) if c.printed or c.method]
 
-    Counts of rows without a published one are there too, once for each model and method.
-    """
-    listed = [(r.model, r.setting, r.trainable, r.method) for rs in table.rows.values() for r in rs]
-    listed += [(c.model, c.setting, c.printed, c.method) for c in table.counts]
-    for model, setting, printed, text in dict.fromkeys(listed):
-        if not printed and not text:
-            continue
-        record = {"paper": table.paper, "table": table.table, "model": model, "setting": setting, "printed": printed}
-        why = table.why.get((model, setting, printed), "")
-        if not text:
-            yield record | {"method": None, "trained": None, "share": None, "agreement": "not counted", "why": why}
-            continue
-        (method,) = parse(table.kept.get(text, text)).values()
-        shapes = abstract(table.called.get(model, model))
-        n = trained(shapes, chain(method, head()) if table.counts_head and text != "full" else method)
-        whole = count(shapes.params) + (n if table.over == "base+adapter" else 0)
-        agreement = figures(printed)[0].agreement(n, whole) if printed else "not printed"
-        yield record | {
-            "method": text,
-            "trained": n,
-            "share": round(100 * n / whole, 4),
-            "agreement": "equal" if agreement in AGREES else agreement,
-            "why": why,
-        }
+
+def counted(table: Table, one: Count) -> dict:
+    """A record of a published count: ours, what was printed, and how they agree or why they do not."""
+    record = {"script": table.name, **one._asdict()}
+    why = table.why.get((one.model, one.setting, one.printed), "")
+    if not one.method:
+        return record | {"trained": None, "share": None, "agreement": "not counted", "why": why}
+    (method,) = parse(table.kept.get(one.method, one.method)).values()
+    shapes = abstract(table.called.get(one.model, one.model))
+    n = trained(shapes, chain(method, head()) if table.counts_head and one.method != "full" else method)
+    whole = count(shapes.params) + (n if table.over == "base+adapter" else 0)
+    word = figures(one.printed)[0].agreement(n, whole) if one.printed else "not printed"
+    agreement = "equal" if word in AGREES else word
+    return record | {"trained": n, "share": round(100 * n / whole, 4), "agreement": agreement, "why": why}
 
 
 def counts_table(records: Iterable[dict]) -> str:
@@ -484,7 +476,7 @@ def write_counts(out: Path = COUNTS) -> None:
     parts, lines = ["# Trainable parameters at the papers' scale, from configurations alone\n"], []
     for name in SCRIPTS:
         table = importlib.import_module(name).TABLE
-        records = [{"script": name} | r for r in counted(table)]
+        records = [counted(table, one) for one in listed_counts(table)]
         lines += [json.dumps(r) + "\n" for r in records]
         parts.append(f"## {table.paper}, {table.table}\n\n`python experiments/{name}.py --counts`\n")
         parts.append(counts_table(records) + "\n")
@@ -547,7 +539,7 @@ def main(table: Table, description: str | None) -> Done | None:
     """Runs a table as the command line asks; None where that was to list or to count."""
     args = tyro.cli(Arguments, description=description)
     if args.counts:
-        print(counts_table(counted(table)))
+        print(counts_table(counted(table, one) for one in listed_counts(table)))
         return None
     grids = tuple(filled(grid, args) for grid in table.grids[args.scale])
     if args.list:

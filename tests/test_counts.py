@@ -1,9 +1,8 @@
 """Trained parameters, counted from configurations alone, against the formulas and against what papers print."""
 
 import functools
-import re
 from collections.abc import Callable
-from decimal import ROUND_DOWN, ROUND_HALF_UP, Decimal
+from decimal import Decimal
 from typing import Any, NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import pytest
 import transformers
 import yaml
 from conftest import SHARED, needs_shared
+from paper import AGREES, BASES, Printed, bert, deberta, figures, gpt2, llama, t5, trained
 
 from peftjax import chain, hub, partition
 from peftjax.methods import (
@@ -37,68 +37,8 @@ from peftjax.methods import (
 from peftjax.tree import count
 
 
-def trained(model: hub.Model, method: Method) -> int:
-    params = jax.eval_shape(lambda k, p: method.init(k, p, model.sites), jax.random.key(0), model.params)
-    return count(partition(params, method.trainable(params))[0])
-
-
 def trained_count(config, method, task="encoder") -> int:
     return trained(hub.from_config(config, task, seed=None), method)
-
-
-def bert_cased(layers=12, width=768, heads=12, vocabulary=28996):
-    return transformers.BertConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-    )
-
-
-def roberta(layers=12, width=768, heads=12):
-    return transformers.RobertaConfig(
-        vocab_size=50265,
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        max_position_embeddings=514,
-        type_vocab_size=1,
-    )
-
-
-def llama_of(layers, width, heads, kv=None, ff=None, vocabulary=100):
-    return transformers.LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=ff or 4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv or heads,
-        tie_word_embeddings=False,
-    )
-
-
-def gpt2_of(layers, width, heads):
-    return transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
-
-
-def deberta(layers, width, heads, **more):
-    """As versions 2 and 3 have it: relative positions only, in 256 buckets, projected as contents are."""
-    return transformers.DebertaV2Config(
-        hidden_size=width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        intermediate_size=4 * width,
-        relative_attention=True,
-        position_buckets=256,
-        pos_att_type="p2c|c2p",
-        share_att_key=True,
-        norm_rel_ebd="layer_norm",
-        position_biased_input=False,
-        **more,
-    )
 
 
 # By formula
@@ -106,24 +46,24 @@ def deberta(layers, width, heads, **more):
 
 COUNTS = {  # as published, and as counted independently in the survey's tables
     # Hu et al. 2022: 2 r d for each of query and value, in 12 layers
-    "lora": (bert_cased(), lora(8), "encoder", 294_912),
-    "lora, llama": (llama_of(12, 768, 12), lora(8), "causal-lm", 294_912),
+    "lora": (bert(), lora(8), "encoder", 294_912),
+    "lora, llama": (llama(12, 768, 12), lora(8), "causal-lm", 294_912),
     # Hu et al. 2022's layers for GPT-2 medium, r = 4 on query and value: 2 r (d + d) each
-    "lora, gpt2": (gpt2_of(24, 1024, 16), lora(4), "causal-lm", 24 * 2 * 4 * (1024 + 1024)),
-    "bitfit subset, gpt2": (gpt2_of(24, 1024, 16), bitfit(["query", "mlp_in"]), "causal-lm", 24 * (1024 + 4096)),
-    "prefix, gpt2": (gpt2_of(24, 1024, 16), prefix(5), "causal-lm", 245_760),
+    "lora, gpt2": (gpt2(24, 1024, 16), lora(4), "causal-lm", 24 * 2 * 4 * (1024 + 1024)),
+    "bitfit subset, gpt2": (gpt2(24, 1024, 16), bitfit(["query", "mlp_in"]), "causal-lm", 24 * (1024 + 4096)),
+    "prefix, gpt2": (gpt2(24, 1024, 16), prefix(5), "causal-lm", 245_760),
     # Ben Zaken et al. 2022, table 1: 0.09% of BERT-base and 0.08% of BERT-large; all biases, pooler included
-    "bitfit, base": (bert_cased(), bitfit(), "encoder", 102_912),
-    "bitfit, large": (bert_cased(24, 1024, 16), bitfit(), "encoder", 272_384),
-    "bitfit, subset": (bert_cased(), bitfit(["query", "mlp_in"]), "encoder", 46_080),
+    "bitfit, base": (bert(), bitfit(), "encoder", 102_912),
+    "bitfit, large": (bert(24, 1024, 16), bitfit(), "encoder", 272_384),
+    "bitfit, subset": (bert(), bitfit(["query", "mlp_in"]), "encoder", 46_080),
     # Li & Liang 2021 at GPT-2 medium's sizes: 2 n L k, and with the MLP n d + (d + 1) h + (h + 1) 2 L k
-    "prefix": (llama_of(24, 1024, 16), prefix(5), "causal-lm", 245_760),
-    "prefix, bert": (bert_cased(24, 1024, 16), prefix(5), "encoder", 245_760),
-    "prefix, mlp": (llama_of(24, 1024, 16), prefix(5, mlp=True, hidden=512), "causal-lm", 25_744_896),
+    "prefix": (llama(24, 1024, 16), prefix(5), "causal-lm", 245_760),
+    "prefix, bert": (bert(24, 1024, 16), prefix(5), "encoder", 245_760),
+    "prefix, mlp": (llama(24, 1024, 16), prefix(5, mlp=True, hidden=512), "causal-lm", 25_744_896),
     # Sung et al. 2021: 0.5% of BERT-large, int(0.005 · 333,581,314), the classifier's 2,050 within
-    "fishmask": (bert_cased(24, 1024, 16), chain(fishmask(), head()), "classification", 1_667_906),
-    "head": (bert_cased(), head(), "classification", 768 * 2 + 2),
-    "full": (bert_cased(), full(), "encoder", 108_310_272),
+    "fishmask": (bert(24, 1024, 16), chain(fishmask(), head()), "classification", 1_667_906),
+    "head": (bert(), head(), "classification", 768 * 2 + 2),
+    "full": (bert(), full(), "encoder", 108_310_272),
     # Zhang et al. 2023, table 1, of DeBERTa-v3-base: 184M, and 0.1M with BitFit
     "full, deberta": (deberta(12, 768, 12), full(), "encoder", 183_831_552),
     "bitfit, deberta": (deberta(12, 768, 12), bitfit(), "encoder", 102_912),
@@ -137,7 +77,7 @@ def test_counts(name):
 
 
 def test_the_optimizer_of_fishmask_holds_two_moments_of_what_is_chosen():
-    model = hub.from_config(bert_cased(24, 1024, 16), "classification", seed=None)
+    model = hub.from_config(bert(24, 1024, 16), "classification", seed=None)
     method = chain(fishmask(), head())
     params = jax.eval_shape(lambda p: method.init(jax.random.key(0), p, model.sites), model.params)
     trainable, _ = partition(params, method.trainable(params))
@@ -148,38 +88,12 @@ def test_the_optimizer_of_fishmask_holds_two_moments_of_what_is_chosen():
 # As printed: a row of the survey's table for each
 
 
-def t5(layers, width, heads, ff, config: Any = transformers.T5Config, vocabulary=32128, first=False):
-    """T5 1.1, with a gated MLP and a head of its own; `first`: the T5 before it, with neither."""
-    made = config(
-        vocab_size=vocabulary,
-        d_model=width,
-        d_kv=64,
-        d_ff=ff,
-        num_layers=layers,
-        num_heads=heads,
-        feed_forward_proj="relu" if first else "gated-gelu",
-    )
-    made.tie_word_embeddings = first  # transformers' class makes it true, whatever it is given
-    return made
-
-
 MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transformers' config
-    "bart-large": transformers.BartConfig,
-    "bert-base-cased": bert_cased,
-    "bert-base-uncased": lambda: bert_cased(vocabulary=30522),
-    "bert-large-cased": lambda: bert_cased(24, 1024, 16),
-    "bert-large-cased-whole-word-masking": lambda: bert_cased(24, 1024, 16),
-    "bert-large-uncased": lambda: bert_cased(24, 1024, 16, 30522),
-    "roberta-base": roberta,
-    "roberta-large": lambda: roberta(24, 1024, 16),
-    "deberta-v3-base": lambda: deberta(12, 768, 12),
-    "deberta-v2-xxlarge": lambda: deberta(48, 1536, 24, conv_kernel_size=3, conv_act="gelu", attention_head_size=64),
-    "gpt2-medium": lambda: gpt2_of(24, 1024, 16),
-    "gpt2-large": lambda: gpt2_of(36, 1280, 20),
-    "llama-7b": lambda: llama_of(32, 4096, 32, ff=11008, vocabulary=32000),
-    "llama-2-7b": lambda: llama_of(32, 4096, 32, ff=11008, vocabulary=32000),
-    "llama-13b": lambda: llama_of(40, 5120, 40, ff=13824, vocabulary=32000),
-    "llama-3-8b": lambda: llama_of(32, 4096, 32, kv=8, ff=14336, vocabulary=128256),
+    **{
+        name.replace("t5-v1.1", "t5-v1.1-lm100k"): base.config for name, base in BASES.items() if "llama-2-" not in name
+    },
+    "llama-2-7b": BASES["llama-2-7b"].config,
+    "bert-base-uncased": lambda: bert(vocabulary=30522),
     "mistral-7b": transformers.MistralConfig,
     "Qwen/Qwen2.5-3B-Instruct": lambda: transformers.Qwen2Config(
         hidden_size=2048,
@@ -199,11 +113,6 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
     ),
     "t5-base": lambda: t5(12, 768, 12, 3072, first=True),
     "t5-large": lambda: t5(24, 1024, 16, 4096, first=True),
-    "t5-v1.1-lm100k-small": lambda: t5(8, 512, 6, 1024),
-    "t5-v1.1-lm100k-base": lambda: t5(12, 768, 12, 2048),
-    "t5-v1.1-lm100k-large": lambda: t5(24, 1024, 16, 2816),
-    "t5-v1.1-lm100k-xl": lambda: t5(24, 2048, 32, 5120),
-    "t5-v1.1-lm100k-xxl": lambda: t5(24, 4096, 64, 10240),
     "t0-3b": lambda: t5(24, 2048, 32, 5120),
     "t0-11b (T5-XXL LM-adapted)": lambda: t5(24, 4096, 64, 10240),
     "bigscience/bloomz-560m": lambda: transformers.BloomConfig(hidden_size=1024, n_layer=24, n_head=16),
@@ -212,7 +121,7 @@ MODELS: dict[str, Callable[[], Any]] = {  # the rows' names of models -> transfo
 
 # Where the family is not here, one with the same shapes in all that the rows count: name -> (config, what is the same).
 STANDS_IN: dict[str, tuple[Callable[[], Any], str]] = {
-    "gpt3-175b": (lambda: gpt2_of(96, 12288, 96), "GPT-2's blocks and width; its sparse attention has no parameters"),
+    "gpt3-175b": (lambda: gpt2(96, 12288, 96), "GPT-2's blocks and width; its sparse attention has no parameters"),
 }
 TASK = {  # of others: a language model
     "bart": "encoder",
@@ -386,7 +295,6 @@ DISAGREES = {
 }
 # In the printed total of all parameters, and not in base and adapter: as many as a bias for each adapted matrix has.
 EXTRA = {"peft_t5base_r8": 36 * 2 * 768}
-AGREES = ("exact", "rounds", "truncates")
 
 
 @functools.cache
@@ -407,36 +315,6 @@ def abstract(name: str, task: str | None, labels: int | None) -> hub.Model:
     if key not in MADE:
         MADE[key] = hub.from_config(config, task, labels=labels, seed=None)
     return MADE[key]
-
-
-class Printed(NamedTuple):
-    """A figure as printed: 24.5K has the number 24.5 and the unit K."""
-
-    number: Decimal
-    unit: str
-
-    def agreement(self, n: int, whole: int) -> str:
-        """How n, or its share of the whole, agrees with it: the strongest word that is true.
-
-        An integer without a unit is exact or differs; the other words are about the digits after the point.
-        """
-        if self.unit == "":
-            return "exact" if n == self.number else "differs"
-        value = Decimal(100 * n) / whole if self.unit == "%" else n / Decimal({"K": 1_000, "M": 1_000_000}[self.unit])
-        digit = Decimal(1).scaleb(self.number.as_tuple().exponent)  # of the last printed place
-        for word, rounding in (("rounds", ROUND_HALF_UP), ("truncates", ROUND_DOWN)):
-            if value.quantize(digit, rounding) == self.number:
-                return word
-        for percent in (2, 7):
-            if 100 * abs(value - self.number) <= percent * self.number:
-                return f"within_{percent}pct"
-        return "differs"
-
-
-def figures(text: str) -> list[Printed]:
-    """The figures before any remark: '8,192 / 559,222,784 (in the docs)' has two."""
-    found = [re.match(r"([\d,]+(?:\.\d+)?)\s*([%KM]?)", part.strip().upper()) for part in text.split("(")[0].split("/")]
-    return [Printed(Decimal(m[1].replace(",", "")), m[2]) for m in found if m]
 
 
 @needs_shared
