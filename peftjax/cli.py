@@ -127,6 +127,7 @@ class Compare:
       out: where results, report, plots and adapters go; default: runs/MODEL-TASK.
       pack: put several texts of a generation task into a row of max_length tokens.
       lanes: runs of a program that are computed at once; default: what the memory allows, on a CPU one.
+      log: where each run's numbers go besides its log.jsonl: tensorboard, wandb, or both with a comma.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
@@ -138,6 +139,7 @@ class Compare:
     out: Path | None = None
     pack: bool = False
     lanes: int | None = None
+    log: str = ""
 
 
 @dataclasses.dataclass
@@ -154,7 +156,7 @@ class Train:
       ranks: of a LoRA, several: 1,2,4,8.
       out: where the adapter, the log and the training state go.
       pack: put several texts of a generation task into a row of max_length tokens.
-      lanes: as of compare.
+      lanes, log: as of compare.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
@@ -168,6 +170,7 @@ class Train:
     out: Path = Path("runs/train")
     pack: bool = False
     lanes: int | None = None
+    log: str = ""
 
 
 @dataclasses.dataclass
@@ -188,6 +191,7 @@ class Sft:
       seed: fixes everything that is random.
       lr: learning rate; default: the method's own.
       out: where the adapter, the log and the training state go.
+      log: as of compare.
     """
 
     data: str
@@ -209,6 +213,7 @@ class Sft:
     seed: int = 0
     lr: float | None = None
     out: Path = Path("runs/sft")
+    log: str = ""
 
 
 @dataclasses.dataclass
@@ -641,7 +646,7 @@ class Instruct:
 
 
 def compare(args: Compare) -> None:
-    from . import compare as comparison
+    from . import compare as comparison, loggers
 
     out = args.out or Path("runs") / f"{Path(args.base.model).name}-{args.base.task}"
     found = comparison.compare(
@@ -658,6 +663,7 @@ def compare(args: Compare) -> None:
         decoding=_decoding(args.decode),
         pack=args.pack,
         lanes=args.lanes,
+        log=loggers.openers(args.log, out, _say),
         **_prepare(args.base),
     )
     console.print(*found, sep="\n")
@@ -665,7 +671,7 @@ def compare(args: Compare) -> None:
 
 
 def train(args: Train) -> None:
-    from . import compare as comparison
+    from . import compare as comparison, loggers
 
     if args.seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {args.seeds}")
@@ -673,6 +679,7 @@ def train(args: Train) -> None:
     where = (args.base.model, args.base.task, args.base.data)
     common: dict[str, Any] = {"method": args.method, "out": args.out, "watch": _watch, "say": _say}
     common |= {"decoding": _decoding(args.decode), "pack": args.pack, **_prepare(args.base)}
+    common["log"] = loggers.openers(args.log, args.out, _say)
     settings = dataclasses.replace(_settings(args.training), seed=args.seed)
     if args.seeds > 1 or len(rates) > 1 or ranks:
         seeds = range(args.seed, args.seed + args.seeds)
@@ -687,7 +694,7 @@ def train(args: Train) -> None:
 
 
 def sft(args: Sft) -> None:
-    from . import compare as comparison
+    from . import compare as comparison, loggers
     from .tasks import Chats, get_task
 
     names = [f.name for f in dataclasses.fields(Base)]
@@ -703,6 +710,7 @@ def sft(args: Sft) -> None:
         watch=_watch,
         say=_say,
         pack=args.pack,
+        log=loggers.openers(args.log, args.out, _say),
         **_prepare(base),
     )
     _say_trained(result, args.out)
