@@ -174,6 +174,30 @@ class Train:
 
 
 @dataclasses.dataclass
+class Sweep:
+    """Makes all runs of a grid; what is there is not made again, and several processes may share the folder.
+
+    Attributes:
+      grid: YAML file with models, tasks, methods, ranks, rates, seeds, search, settings, options, rules
+        (`peftjax.grid.Grid`).
+      out: where runs and results.jsonl go; default: runs/ and the file's name.
+      shard: i/n: make the i-th of n parts only, for array jobs.
+      retry: make the runs that failed again.
+      stale: seconds without a sign of life after which another process's runs are taken over.
+      lanes: as of compare.
+      list: show the runs and make none.
+    """
+
+    grid: tyro.conf.Positional[Path]
+    out: Path | None = None
+    shard: str = "1/1"
+    retry: bool = False
+    stale: float = 600.0
+    lanes: int | None = None
+    list: bool = False
+
+
+@dataclasses.dataclass
 class Sft:
     """Supervised fine-tuning on instructions or chats, the loss on the answers; resumes as train does.
 
@@ -693,6 +717,30 @@ def train(args: Train) -> None:
     _say_trained(comparison.train(*where, rate=rates[0] if rates else None, settings=settings, **common), args.out)
 
 
+def sweep(args: Sweep) -> None:
+    from . import grid as grids, sweep as sweeps
+
+    grid = grids.read(args.grid)
+    out = args.out or Path("runs") / args.grid.stem
+    if args.list:
+        console.print(sweeps.listed(grid, out))
+        return
+    found = sweeps.sweep(grid, out, shard=_shard(args.shard), retry=args.retry, stale=args.stale, lanes=args.lanes)
+    failed = [r for r in found if r["kind"] == "failed"]
+    for r in failed:
+        _say(f"failed: {r['model']}, {r['task']}, {r['method']}, seed {r['seed']}: {r['error']}")
+    again = "; to make these again: --retry" if failed else ""
+    _say(f"{len(found)} runs are over, {len(failed)} of them failed{again}")
+    _say(f"written: {out}/results.jsonl; to read: peftjax report {out}", style="dim")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise ValueError(f"cannot read the shard {text!r}; write i/n with i from 1 to n, such as 1/4")
+    return int(i), int(n)
+
+
 def sft(args: Sft) -> None:
     from . import compare as comparison, loggers
     from .tasks import Chats, get_task
@@ -1045,6 +1093,7 @@ def _from_model(a: FromModel) -> None:
 VERBS: dict[type, Callable] = {
     Compare: compare,
     Train: train,
+    Sweep: sweep,
     Sft: sft,
     Evaluate: evaluate,
     Score: score,
@@ -1067,6 +1116,7 @@ LIGHT = (Score, Inspect, Memory, Methods, Models)  # verbs that compile nothing 
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Sft, tyro.conf.subcommand("sft")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Score, tyro.conf.subcommand("score")]

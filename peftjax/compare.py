@@ -26,7 +26,7 @@ from .generate import Decoding
 from .hub import Model
 from .layout import stack_layers
 from .loop import MAY_DIFFER, NonFinite
-from .methods import at_rank, build, chain, parse
+from .methods import Method, at_rank, build, chain, parse
 from .methods.base import virtual_tokens
 from .metrics import score
 from .problem import Evaluator, Problem, prepare
@@ -102,7 +102,7 @@ def compare(
     rated = [
         dataclasses.replace(settings, learning_rate=rate_of(e, rates, problem.model, model_name)) for e in chosen
     ]  # all, before anything is trained
-    _check_plans(problem, chosen, settings)
+    check_plans(problem, chosen, settings)
     _say_notes(problem, chosen, say)
     if not problem.model.fresh:
         with watch(ZERO_SHOT):
@@ -128,7 +128,7 @@ def _jobs(problem: Problem, runs: Iterable[tuple[Entry, Settings]], out: Path) -
         if h not in folders:
             new = out / "runs" / f"{name}-seed{settings.seed}-{h}"
             folders[h] = next((out / "runs").glob(f"*-seed*-{h}"), new)
-        jobs.append(Job(_with_head_of_seed(problem, settings.seed), entry, settings, folders[h]))
+        jobs.append(Job(with_head_of_seed(problem, settings.seed), entry, settings, folders[h]))
     return jobs
 
 
@@ -172,18 +172,18 @@ def _programs(jobs: Sequence[Job], lanes: int | None) -> Iterator[tuple[list[Job
     """What is to be trained in one program, and how many of it at once: what was cut off as it was, then by kin."""
     begun = cut_off(jobs)
     for group in begun:
-        yield group, _room(group, lanes)[1]
-    there, kin = {job.folder for group in begun for job in group}, {}
+        yield group, room(group, lanes)[1]
+    there, alike = {job.folder for group in begun for job in group}, {}
     for job in jobs:
         if job.folder not in there and not (job.folder / "result.json").is_file():
-            kin.setdefault(_kin(job), []).append(job)
-    for group in kin.values():
-        size, at_once = _room(group, lanes)
+            alike.setdefault(kin(job.entry.method, job.settings), []).append(job)
+    for group in alike.values():
+        size, at_once = room(group, lanes)
         for i in range(0, len(group), size):
             yield group[i : i + size], min(at_once, size)
 
 
-def _room(jobs: Sequence[Job], lanes: int | None) -> tuple[int, int]:
+def room(jobs: Sequence[Job], lanes: int | None) -> tuple[int, int]:
     """`memory.room_for` runs as large as the largest of these."""
     if len(jobs) == 1:
         return 1, 1
@@ -203,12 +203,12 @@ def _case(job: Job) -> memory.Case:
 RANKED = ("lora", "lora_fa", "lora_plus")  # whose ranks train in one program
 
 
-def _kin(job: Job) -> str:
+def kin(method: Method, settings: Settings) -> str:
     """What runs in one program have in common."""
-    free = {name: {"rank", "alpha"} if name in RANKED else set() for name, _ in job.entry.method.spec}
-    spec = [(name, {k: v for k, v in a.items() if k not in free[name]}) for name, a in job.entry.method.spec]
-    settings = {k: v for k, v in dataclasses.asdict(job.settings).items() if k not in MAY_DIFFER}
-    return json.dumps([spec, settings], sort_keys=True)
+    free = {name: {"rank", "alpha"} if name in RANKED else set() for name, _ in method.spec}
+    spec = [(name, {k: v for k, v in a.items() if k not in free[name]}) for name, a in method.spec]
+    same = {k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_DIFFER}
+    return json.dumps([spec, same], sort_keys=True)
 
 
 def _title(job: Job) -> str:
@@ -250,11 +250,11 @@ def train(
         get_task(task)
     out = check_writable(out)
     problem, (entry,) = set_up(model_name, task, source, method, settings, **options)
-    problem = _with_head_of_seed(problem, settings.seed)
+    problem = with_head_of_seed(problem, settings.seed)
     _say_notes(problem, [entry], say)
     rates = {} if rate is None else {"": rate}
     settings = dataclasses.replace(settings, learning_rate=rate_of(entry, rates, problem.model, model_name))
-    _check_plans(problem, [entry], settings)
+    check_plans(problem, [entry], settings)
     hint = "run the same command again: " + shlex.join(["peftjax", *sys.argv[1:]])
     with watch(entry.name) as note:
         return run(problem, entry, settings, out, resume_hint=hint, report=note, log=log)
@@ -304,7 +304,7 @@ def train_several(
     for one in entries:
         _try(one, problem.model, settings.layout)
     chosen = [*rates] or [rate_of(entry, {}, problem.model, model_name)]
-    _check_plans(problem, entries, settings)
+    check_plans(problem, entries, settings)
     _say_notes(problem, [entry], say)
     runs = []
     for rate, one, seed in itertools.product(chosen, entries, seeds):
@@ -650,7 +650,7 @@ def _try(entry: Entry, model: Model, layout: str) -> Any:
     return params
 
 
-def _check_plans(problem: Problem, chosen: list[Entry], settings: Settings) -> None:
+def check_plans(problem: Problem, chosen: list[Entry], settings: Settings) -> None:
     """Tells every method how long it would train, so that what does not fit is said before anything is trained."""
     total = _steps(problem, settings)
     for entry in chosen:
@@ -668,7 +668,7 @@ def _adapted(m: Any, params: Any, model: Model) -> Any:
     return m.init(jax.random.key(0), params, model.sites)
 
 
-def _with_head_of_seed(problem: Problem, seed: int) -> Problem:
+def with_head_of_seed(problem: Problem, seed: int) -> Problem:
     """The problem with its new task head, if it has one, drawn from this seed."""
     return problem._replace(model=hub.redraw(problem.model, seed)) if problem.model.fresh else problem
 
