@@ -184,8 +184,13 @@ class Sweep:
       shard: i/n: make the i-th of n parts only, for array jobs.
       retry: make the runs that failed again.
       stale: seconds without a sign of life after which another process's runs are taken over.
-      lanes: as of compare.
+      lanes, log: as of compare.
       list: show the runs and make none.
+      launch: make them by jobs that are submitted now: of Slurm, or processes on this machine (pip install
+        'peftjax[slurm]').
+      jobs: how many, each with a shard of its own.
+      launch_options: of the jobs: partition=gpu,gpus_per_node=1,timeout_min=600, as submitit and sbatch call them; a
+        job that is out of time is queued again and goes on.
     """
 
     grid: tyro.conf.Positional[Path]
@@ -194,7 +199,11 @@ class Sweep:
     retry: bool = False
     stale: float = 600.0
     lanes: int | None = None
+    log: str = ""
     list: bool = False
+    launch: Literal["slurm", "local"] | None = None
+    jobs: int = 1
+    launch_options: str = ""
 
 
 @dataclasses.dataclass
@@ -718,20 +727,40 @@ def train(args: Train) -> None:
 
 
 def sweep(args: Sweep) -> None:
-    from . import grid as grids, sweep as sweeps
+    from . import grid as grids, loggers, sweep as sweeps
 
     grid = grids.read(args.grid)
     out = args.out or Path("runs") / args.grid.stem
     if args.list:
         console.print(sweeps.listed(grid, out))
         return
-    found = sweeps.sweep(grid, out, shard=_shard(args.shard), retry=args.retry, stale=args.stale, lanes=args.lanes)
+    log = loggers.openers(args.log, out, _say)
+    if args.launch is not None:
+        _launch(args, args.launch, out)
+        return
+    if args.jobs != 1 or args.launch_options:
+        raise ValueError("--jobs and --launch-options are for --launch slurm or local; write that, too")
+    how: dict[str, Any] = {"retry": args.retry, "stale": args.stale, "lanes": args.lanes}
+    found = sweeps.sweep(grid, out, shard=_shard(args.shard), log=log, **how)
     failed = [r for r in found if r["kind"] == "failed"]
     for r in failed:
         _say(f"failed: {r['model']}, {r['task']}, {r['method']}, seed {r['seed']}: {r['error']}")
     again = "; to make these again: --retry" if failed else ""
     _say(f"{len(found)} runs are over, {len(failed)} of them failed{again}")
     _say(f"written: {out}/results.jsonl; to read: peftjax report {out}", style="dim")
+
+
+def _launch(args: Sweep, cluster: str, out: Path) -> None:
+    from .launch import launch, options
+
+    if args.shard != "1/1":
+        raise ValueError("--launch gives each job its own shard; leave --shard out, and say how many with --jobs")
+    more = [f"--stale={args.stale}", *(["--retry"] if args.retry else [])]
+    more += [f"--{name}={value}" for name in ("lanes", "log") if (value := getattr(args, name))]
+    parameters = options(args.launch_options)
+    jobs, logs = launch(args.grid, out, cluster=cluster, jobs=args.jobs, parameters=parameters, more=more)
+    _say(f"submitted: {', '.join(str(job.job_id) for job in jobs)}")
+    _say(f"logs: {logs}; how far it is: peftjax sweep {args.grid} --out {out} --list", style="dim")
 
 
 def _shard(text: str) -> tuple[int, int]:
