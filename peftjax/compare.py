@@ -35,6 +35,7 @@ from .run import (
     ZERO_SHOT,
     Entry,
     Job,
+    Open,
     check_writable,
     configuration,
     cut_off,
@@ -67,6 +68,7 @@ def compare(
     lanes: int | None = None,
     watch: Callable = lambda title: nullcontext(lambda record: None),
     say: Callable[[str], Any] = print,
+    log: Sequence[Open] = (),
     **options: Any,
 ) -> tuple[Table, ...]:
     """Trains every method with every seed and writes the report; what is there already is not trained again.
@@ -78,6 +80,7 @@ def compare(
       seeds: how many, counted from 0; a seed fixes the data order, the methods' start, dropout and the head.
       rates: method name -> learning rate; '' stands for all others.
       lanes: how many runs are computed at once in a program; default: what the memory allows, on a CPU one.
+      log: what makes the loggers of each run (`peftjax.loggers.openers`).
       options: for `peftjax.problem.prepare`.
 
     Raises:
@@ -110,7 +113,7 @@ def compare(
         for entry, own in zip(chosen, rated, strict=True)
         for seed in range(seeds)
     ]
-    trained, left_out = _train_all(_jobs(problem, runs, out), evaluator, lanes, watch, say)
+    trained, left_out = _train_all(_jobs(problem, runs, out), evaluator, lanes, watch, say, log)
     results += trained
     title = f"{Path(model_name).name} on {task}"
     return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
@@ -130,7 +133,12 @@ def _jobs(problem: Problem, runs: Iterable[tuple[Entry, Settings]], out: Path) -
 
 
 def _train_all(
-    jobs: Sequence[Job], evaluator: Evaluator, lanes: int | None, watch: Callable, say: Callable
+    jobs: Sequence[Job],
+    evaluator: Evaluator,
+    lanes: int | None,
+    watch: Callable,
+    say: Callable,
+    log: Sequence[Open],
 ) -> tuple[list[dict], list[str]]:
     """Results in the order of the jobs, those in one program together; and what is left out, with the reason.
 
@@ -144,7 +152,7 @@ def _train_all(
             found[job.folder] = run(*job, evaluator=evaluator)
     for group, at_once in _programs([*{job.folder: job for job in jobs}.values()], lanes):
         with watch(_titles(group)) as note:
-            ended = run_together(group, lanes=at_once, evaluator=evaluator, report=note)
+            ended = run_together(group, lanes=at_once, evaluator=evaluator, report=note, log=log)
         for job, result in zip(group, ended, strict=True):
             found[job.folder] = result
             if isinstance(result, NonFinite):
@@ -227,6 +235,7 @@ def train(
     settings: Settings,
     watch: Callable = lambda title: nullcontext(lambda record: None),
     say: Callable[[str], Any] = print,
+    log: Sequence[Open] = (),
     **options: Any,
 ) -> dict:
     """Trains one method into a folder; see `peftjax.run.run` for what it holds and returns.
@@ -248,7 +257,7 @@ def train(
     check_plans(problem, [entry], settings)
     hint = "run the same command again: " + shlex.join(["peftjax", *sys.argv[1:]])
     with watch(entry.name) as note:
-        return run(problem, entry, settings, out, resume_hint=hint, report=note)
+        return run(problem, entry, settings, out, resume_hint=hint, report=note, log=log)
 
 
 def train_several(
@@ -265,6 +274,7 @@ def train_several(
     lanes: int | None = None,
     watch: Callable = lambda title: nullcontext(lambda record: None),
     say: Callable[[str], Any] = print,
+    log: Sequence[Open] = (),
     **options: Any,
 ) -> tuple[Table, ...]:
     """Trains one method with every seed, learning rate and rank, in one program where the memory allows it.
@@ -272,7 +282,7 @@ def train_several(
     Args:
       rates: learning rates; empty: the method's own.
       ranks: of a LoRA; empty: the method's own.
-      lanes: as for `compare`.
+      lanes, log: as for `compare`.
 
     Returns:
       The tables of `report.write`, a row for each rate and rank; adapters, logs and results are in `runs`.
@@ -300,7 +310,7 @@ def train_several(
     for rate, one, seed in itertools.product(chosen, entries, seeds):
         named = one._replace(name=f"{one.name}, lr {rate:g}") if len(chosen) > 1 else one
         runs.append((named, dataclasses.replace(settings, learning_rate=rate, seed=seed)))
-    results, left_out = _train_all(_jobs(problem, runs, out), Evaluator(problem), lanes, watch, say)
+    results, left_out = _train_all(_jobs(problem, runs, out), Evaluator(problem), lanes, watch, say, log)
     title = f"{entry.name}: {Path(model_name).name} on {row.name}"
     return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
 

@@ -34,7 +34,7 @@ from .grid import FINAL, SEARCH, Cell, Grid, Trials
 from .loop import Interrupted, NonFinite
 from .methods import at_rank, parse
 from .problem import Evaluator, Problem
-from .run import Entry, Job, check_writable, rate_of, run_together, thin
+from .run import Entry, Job, Open, check_writable, rate_of, run_together, thin
 from .tasks import get_task
 from .train import Settings
 
@@ -62,6 +62,7 @@ def sweep(
     retry: bool = False,
     stale: float = 600.0,
     lanes: int | None = None,
+    log: Sequence[Open] = (),
     board: Board | None = None,
 ) -> list[dict]:
     """Makes the runs of a grid that are not there yet; returns the records of all of its runs, in the grid's order.
@@ -73,7 +74,7 @@ def sweep(
         and the runs that wait for it are in one part.
       retry: make the runs that failed again.
       stale: seconds without a sign of life after which another process counts as dead.
-      lanes: as for `peftjax.compare.compare`.
+      lanes, log: as for `peftjax.compare.compare`.
       board: shows how it goes.
 
     Raises:
@@ -100,7 +101,7 @@ def sweep(
                 time.sleep(min(POLL, claims.stale / 4))
                 continue
             try:
-                _make(group, out, lanes, claims, board, again)
+                _make(group, out, lanes, log, claims, board, again)
             except Lost as e:
                 board.say(str(e))
             finally:
@@ -249,6 +250,7 @@ def _make(
     group: list[Task],
     out: Path,
     lanes: int | None,
+    log: Sequence[Open],
     claims: Claims,
     board: Board,
     again: Mapping[str, int],
@@ -263,9 +265,8 @@ def _make(
         for start in range(0, len(jobs), size):
             part, these = jobs[start : start + size], group[start : start + size]
             with board.watch([t.cell for t in these]) as note:
-                ended = run_together(
-                    part, lanes=min(at_once, size), evaluator=evaluator, report=_unless_lost(note, claims)
-                )
+                report = _unless_lost(note, claims)
+                ended = run_together(part, lanes=min(at_once, size), evaluator=evaluator, report=report, log=log)
             for task, job, result in zip(these, part, ended, strict=True):
                 if isinstance(result, NonFinite):
                     _fail(task, out, result, again)
@@ -279,7 +280,7 @@ def _make(
             board.say(f"{_said(group[0].cell)} and {len(group) - 1} more: {_sentence(e)}; each by itself now")
             for task in group:
                 if not _over(_record(out, task.cell.key), again):
-                    _make([task], out, lanes, claims, board, again)
+                    _make([task], out, lanes, log, claims, board, again)
             return
         _fail(group[0], out, e, again)
         board.say(f"{_said(group[0].cell)} failed after {time.perf_counter() - began:.0f} s: {_sentence(e)}")
