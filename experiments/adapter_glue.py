@@ -48,7 +48,7 @@ LONG = Grid(
     search=Search(rates=dict.fromkeys(SIZES, (3e-5, 3e-4, 3e-3))),
     settings={"epochs": 20, "batch_size": 32, "warmup": 0.1, "weight_decay": 0.01, "clip": 1.0},
     options={"max_length": 128},
-    published=published(PUBLISHED, GLUE | {"QQP": (("qqp", "f1"),)}, SOURCE, CALLED),
+    published=published(PUBLISHED, {**GLUE, "QQP": (("qqp", "f1"),)}, SOURCE, CALLED),
     title=f"{SOURCE}: 20 epochs",
 )
 SHORT = replace(LONG, settings={**LONG.settings, "epochs": 3}, title=f"{SOURCE}: 3 epochs")

@@ -84,7 +84,8 @@ def gpt2(layers, width, heads):
 
 def deberta(layers, width, heads, **more):
     """As versions 2 and 3 have it: relative positions only, in 256 buckets, projected as contents are."""
-    return transformers.DebertaV2Config(
+    config: Any = transformers.DebertaV2Config  # its signature does not name all that it takes
+    return config(
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -305,7 +306,7 @@ def by_task(tasks: str, methods: Iterable[str] = (), models: Iterable[str] = (),
 
 # Grids that several scripts share
 
-GLUE_TASKS = dict.fromkeys(("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"))
+GLUE_TASKS: dict[str, str | None] = dict.fromkeys(("mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"))
 RANKS = (1, 2, 4, 8)
 
 
@@ -548,7 +549,10 @@ def main(table: Table, description: str | None) -> Done | None:
             print(f"# {grid.title}: {final} runs, {searched} of searches", *listed(grid), sep="\n")
         return None
     out = args.out or Path("runs") / (table.out if args.scale == "small" else f"{table.name}-paper")
-    i, n = (int(x) for x in args.shard.split("/"))
+    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    if shard is None:
+        raise SystemExit(f"cannot read the shard {args.shard!r}; write i/n with i from 1 to n, such as 1/4")
+    i, n = map(int, shard.groups())
     records = [record for grid in grids for record in sweep(grid, out, shard=(i, n))]
     return Done(args.scale, out, grids, tuple(records), args.fill)
 

@@ -21,14 +21,14 @@ is tuned directly on none here.
 import json
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from paper import Columns, Done, Table, main, named, published, rows
 
 from peftjax import hub
 from peftjax.checkpoint import load_adapter
-from peftjax.grid import Grid
+from peftjax.grid import Grid, digest
 from peftjax.problem import Evaluator, prepare
 from peftjax.proxy import proxy, same_words
 
@@ -125,10 +125,19 @@ STEERED = {
 
 
 def steer(done: Done) -> Iterator[dict]:
-    """A record for each large model as it is, and steered with each alpha by the first model of the grid."""
-    grid, found = done.grids[0], done.records[0]
+    """A record for each large model as it is, and steered with each alpha by the first model of the grid.
+
+    Raises:
+      SystemExit: the tuning of that one failed, or is another process's part.
+    """
+    grid = done.grids[0]
     (task, data), (small_name, source) = *grid.tasks.items(), next(iter(grid.models.items()))
-    options = {k: jnp.dtype(v) if k.endswith("dtype") else v for k, v in grid.options.items()}
+    found = next((r for r in done.records if (r["kind"], r["model"]) == ("run", small_name)), None)
+    if found is None:
+        raise SystemExit(
+            f"{small_name} was not tuned, so that nothing steers; see its record in {done.out}/results.jsonl"
+        )
+    options: dict[str, Any] = {k: jnp.dtype(v) if k.endswith("dtype") else v for k, v in grid.options.items()}
     adapter = done.out / "runs" / found["key"] / "adapter.safetensors"
     small = hub.load(source, "generation", **options)
     tuned, longest = load_adapter(adapter, small).params, found["config"]["max_new_tokens"]
@@ -137,7 +146,7 @@ def steer(done: Done) -> Iterator[dict]:
         names = {"base": where, "anti-expert": source}
         same_words(names, {role: hub.load_tokenizer(n) for role, n in names.items()})
         problem = prepare(where, task, data, need_train=False, max_new_tokens=longest, **options)
-        ways = {"zero-shot": (problem.model, problem.model.params)}
+        ways: dict[str, tuple[Any, Any]] = {"zero-shot": (problem.model, problem.model.params)}
         for alpha in alphas:
             three = proxy(problem.model, small, small, alpha)
             ways[f"proxy(alpha={alpha:g}, expert={small_name})"] = three, (problem.model.params, tuned, small.params)
@@ -145,9 +154,9 @@ def steer(done: Done) -> Iterator[dict]:
             began = time.perf_counter()
             scores = Evaluator(problem._replace(model=model)).scores(params)
             facts = {"kind": "run", "stage": "final", "model": name, "task": task, "method": method}
-            facts |= {"seed": 0, "headline": problem.task.headline, "scores": scores, "trainable": 0}
-            facts |= {"expert": found["key"], "seconds": time.perf_counter() - began}
-            yield facts | {k: found[k] for k in ("versions", "device")}
+            facts |= {"expert": found["key"], "seed": 0, "rate": None, "headline": problem.task.headline}
+            measured = {"scores": scores, "trainable": 0, "seconds": time.perf_counter() - began}
+            yield {"key": digest(facts)} | facts | measured | {k: found[k] for k in ("versions", "device")}
 
 
 if __name__ == "__main__":
