@@ -332,7 +332,7 @@ def e2e_small(*methods: str) -> Grid:
         methods=methods,
         seeds=1,
         search=Search(factors=(0.3, 1.0, 3.0)),
-        settings={"epochs": 3, "batch_size": 16},
+        settings={"epochs": 2, "batch_size": 16},
         title="Methods on E2E",
     )
 
