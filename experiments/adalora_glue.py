@@ -10,8 +10,8 @@ the code's, a mean of norms that are not squared. Initial ranks of 12 and 4 fall
 matrices, attention's output with them, as in the scripts (section 3.2 leaves it out). Hyperparameters of AdaLoRA are
 table 8's, by task; where the scripts have others (CoLA 8e-4 with gamma 0.1, QNLI 5e-4, QQP 8e-4, STS-B gamma 0.3) the
 table's are taken. Those of the other rows were not seen: they have AdaLoRA's epochs and batches and a rate from a
-search of three, for each task. Warm-up of the rate was not seen: 6%. The scale is 1; the scripts have alphas of 16 or
-32.
+search of three, for each task. Warm-up and weight decay were not seen: 6% and 0.01. The scale is 1; the scripts have
+alphas of 16 or 32.
 AdaLoRA's schedule is an argument of the method, so that there is a grid for each task.
 
 Small: AdaLoRA against LoRA at its final rank, on query and value (8) and on all matrices (2). 12 runs a method, about

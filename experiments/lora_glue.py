@@ -10,8 +10,8 @@ Decided. The scripts' alpha of 16 for RoBERTa-base (the paper says 8), and their
 paper says 8 and 8): only r = 16 gives the published 4.7M. Batches are the table's; the scripts run them on each of
 eight GPUs, so that the paper's may be eight times as large. MRPC, RTE and STS-B of the rows without a dagger start
 from the MNLI checkpoint, which is not done here: of those rows the three tasks are no targets, and RoBERTa-large has
-the hyperparameters of the dagger rows, which start from the pretrained model. Published counts leave the task head
-out.
+the hyperparameters of the dagger rows, which start from the pretrained model. The scripts' weight decay of 0.1 for
+RoBERTa-base is taken for RoBERTa-large too. Published counts leave the task head out.
 Not here: DeBERTa's dropout before the head (0 to 0.2), and AdapterDrop with the sizes of prior work.
 
 Small: one method of each kind on MiniLM. 12 runs a method, about a minute each on two CPU cores.

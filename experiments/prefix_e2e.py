@@ -9,8 +9,8 @@ an input against all its references. The number of seeds was not seen; three her
 Decided. Both published tables are here, as they differ: the arXiv version, which LoRA's table 3 quotes, has 69.7 BLEU
 for the prefix and 68.2 for full fine-tuning, ACL's 70.3 and 68.8. ACL's rows are the targets. Hyperparameters of the
 paper: a prefix of 5 through an MLP of 512, 8e-5, 5 epochs, batches of 10; full fine-tuning 5e-5, 5 epochs, batches of
-10, and so for the top two layers, whose own were not seen; linear decay without warm-up, beams of 5. What is counted
-is the prefix that is kept, not the MLP that made it.
+10, and so for the top two layers, whose own were not seen; linear decay without warm-up, no weight decay
+(transformers' default), beams of 5. What is counted is the prefix that is kept, not the MLP that made it.
 Not here: tokens banned and a length of 5 at least in the repository's decoding, its loss summed by sentence, and Lin
 et al.'s adapters.
 
