@@ -20,8 +20,6 @@ from paper import GLUE_TASKS, RANKS, Count, Table, by_task, glue_small, main, na
 
 from peftjax.grid import Grid
 
-PUBLISHED = ()
-
 PAPER = Grid(
     models=named("roberta-base"),
     tasks=GLUE_TASKS,
