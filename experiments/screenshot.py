@@ -20,32 +20,38 @@ VIEWS = {"phone": (360, 800), "desk": (1280, 900)}
 def look(file: Path, out: Path | None = None) -> list[str]:
     """What is wrong with the page, in words; the pictures are written to `out`.
 
-    Also clicks every head of the first table, without which nothing is known of the sorting.
+    Every head of the first table is clicked too.
     """
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import sync_playwright  # pyright: ignore[reportMissingImports] - installed by whoever looks
 
     wrong = []
     with sync_playwright() as p:
         browser = p.chromium.launch(executable_path=shutil.which("chromium") or shutil.which("google-chrome"))
-        for view, (width, height) in VIEWS.items():
+        for view in VIEWS:
             for scheme in ("light", "dark"):
-                tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
-                tab.on(
-                    "request", lambda r: None if r.url == file.resolve().as_uri() else wrong.append(f"loads {r.url}")
-                )
-                tab.on("pageerror", lambda e: wrong.append(f"script: {e}"))
-                tab.goto(file.resolve().as_uri())
-                where = f"{view}, {scheme}"
-                wide = tab.evaluate("document.documentElement.scrollWidth")
-                if wide > width:
-                    wrong.append(f"{where}: {wide} pixels wide, the window {width}")
-                if out is not None:
-                    out.mkdir(parents=True, exist_ok=True)
-                    tab.screenshot(path=out / f"{view}-{scheme}.png")
-                    tab.screenshot(path=out / f"{view}-{scheme}-whole.png", full_page=True)
-                wrong += [f"{where}: {text}" for text in _sorting(tab)]
-                tab.close()
+                wrong += [
+                    f"{view}, {scheme}: {text}" for text in _view(browser, file.resolve().as_uri(), view, scheme, out)
+                ]
         browser.close()
+    return wrong
+
+
+def _view(browser, url: str, view: str, scheme: str, out: Path | None) -> list[str]:
+    wrong: list[str] = []
+    width, height = VIEWS[view]
+    tab = browser.new_page(viewport={"width": width, "height": height}, color_scheme=scheme)
+    tab.on("request", lambda r: None if r.url == url else wrong.append(f"loads {r.url}"))
+    tab.on("pageerror", lambda e: wrong.append(f"script: {e}"))
+    tab.goto(url)
+    wide = tab.evaluate("document.documentElement.scrollWidth")
+    if wide > width:
+        wrong.append(f"{wide} pixels wide, the window {width}")
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        tab.screenshot(path=out / f"{view}-{scheme}.png")
+        tab.screenshot(path=out / f"{view}-{scheme}-whole.png", full_page=True)
+    wrong += _sorting(tab)
+    tab.close()
     return wrong
 
 

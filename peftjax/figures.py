@@ -22,8 +22,8 @@ INK, FAINT = "#010203", "#040506"  # stand in the SVG for the page's own colours
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = "osD^vP*X<"  # as many as have no common divisor with the colours: 63 pairs
 LINES = ("-", "--", "-.", ":")
-WIDTH = 4.8  # inches: at 72 units an inch a text of 10 is 10 pixels high on a phone
-STYLE = {
+WIDTH = 4.5  # inches: at 72 units an inch a text of 10 is 10 pixels high on a phone
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 10,
     "axes.spines.top": False,
@@ -36,7 +36,7 @@ STYLE = {
     "grid.color": FAINT,
     "axes.formatter.useoffset": False,
     "legend.frameon": False,
-    "legend.fontsize": 9,
+    "legend.fontsize": 9.5,
     "svg.fonttype": "none",
     "text.parse_math": False,  # a method's name may hold a dollar
 }
@@ -100,12 +100,13 @@ def _costs(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
         ]
     for what, scores in targets:
         for short, label, cost in COSTS:
-            shown = [r for r in rows if r.method in scores and cost(r) is not None]
+            costs = {r.method: x for r in rows if r.method in scores and (x := cost(r)) is not None}
+            shown = [r for r in rows if r.method in costs]
             if not shown:
                 continue
             fig, ax = _axes()
             for r in shown:
-                x, score = cost(r), scores[r.method]
+                x, score = costs[r.method], scores[r.method]
                 if short == "trainable" and not x:
                     ax.axhline(score.mean, linestyle="--", linewidth=1, color=INK, label=name(r.method))
                     continue
@@ -121,7 +122,7 @@ def _costs(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
                     label=name(r.method),
                     **look,
                 )
-            _thousands(ax, log=short == "trainable" and any(cost(r) for r in shown))
+            _thousands(ax, log=short == "trainable" and any(costs.values()))
             ax.set(xlabel=label, ylabel=what)
             ax.margins(x=0.1, y=0.12)
             _legend(fig, ax)
@@ -165,7 +166,8 @@ def _curves(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
                 continue
             fig, ax = _axes()
             for method, (steps, means, sd) in found.items():
-                look = styles(study)[method] | ({} if short else {"marker": ""})
+                look = styles(study)[method]
+                look = look if short else {**look, "marker": ""}
                 ax.plot(steps, means, label=name(method), linewidth=1.5, **look)
                 if sd.any():
                     ax.fill_between(steps, means - sd, means + sd, color=look["color"], alpha=0.15, linewidth=0)
@@ -197,7 +199,7 @@ def _parts(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
                 ax.set_xticks(
                     [i + 0.5 for i in shown], ["none" if layers[i] is None else str(layers[i]) for i in shown]
                 )
-                ax.set_yticks(np.arange(len(matrices)) + 0.5, [name(m, 26) for m in matrices], fontsize=8)
+                ax.set_yticks(np.arange(len(matrices)) + 0.5, [name(m, 26) for m in matrices], fontsize=9)
                 ax.tick_params(length=0)
                 ax.invert_yaxis()
                 ax.set(xlabel="layer")

@@ -40,18 +40,24 @@ class Sheet(NamedTuple):
     rows: list[list[Cell]]
 
 
+Block = str | list[str] | Sheet | Picture
+Blocks = Sequence[Block]
+
+
 class Section(NamedTuple):
     """A part of the report.
 
     Attributes:
       title: its heading.
       level: 2, or 3 of a part of the section before.
+      brief: its heading among those of its parts.
       blocks: texts, lists of texts, tables and pictures, in order.
     """
 
     title: str
     level: int
-    blocks: list[str | list[str] | Sheet | Picture]
+    brief: str
+    blocks: Blocks
 
 
 def report(
@@ -94,26 +100,33 @@ def _baseline(studies: Sequence[Study], asked: str | None, grids: str | None) ->
 
 
 def contents(records: Records, studies: Sequence[Study], baseline: str | None) -> tuple[list[str], list[Section]]:
-    """The lead, and the sections: each model's scores, comparison, published tables, pictures; then what is not there."""
+    """The lead, and the sections: each model's scores, comparison, published tables, pictures; then what is missing."""
     sections = []
     for study in studies:
         rows = summary.rows(study)
-        sections.append(Section(study.model, 2, [scores(study, rows), *_listed(notes(study, rows))]))
+        sections.append(Section(study.model, 2, study.model, [scores(study, rows), *_listed(notes(study, rows))]))
         if baseline is not None and study.runs.get(baseline):
-            sections.append(Section(f"{study.model}: against {baseline}", 3, _against(study, baseline)))
+            sections.append(_part(study, f"against {baseline}", _against(study, baseline)))
         for b in summary.beside(study, records.published):
-            about = f"{study.model}: beside {b.model}" + (f" ({b.source})" if b.source else "")
-            sections.append(Section(about, 3, [published(b, study), _orders(b)]))
+            about = f"beside {b.model}" + (f" ({b.source})" if b.source else "")
+            sections.append(_part(study, about, [published(b, study), _orders(b)]))
         drawn = list(figures.pictures(study, rows))
         for kind, heading in KINDS.items():
             if found := [p for p in drawn if p.kind == kind]:
-                sections.append(Section(f"{study.model}: {heading}", 3, [*found]))
-    sections.append(Section("What failed and what is missing", 2, _gone(studies, records.failed)))
-    sections.append(Section("How to read this", 2, [_reading(baseline)]))
+                sections.append(_part(study, heading, [*found]))
+    for heading, blocks in (
+        ("What failed and what is missing", _gone(studies, records.failed)),
+        ("How to read this", [_reading(baseline)]),
+    ):
+        sections.append(Section(heading, 2, heading, blocks))
     return _lead(records, studies, baseline), sections
 
 
 KINDS = {"cost": "scores by cost", "ranks": "ranks", "curves": "learning curves", "parts": "what trains, by layer"}
+
+
+def _part(study: Study, heading: str, blocks: Blocks) -> Section:
+    return Section(f"{study.model}: {heading}", 3, heading, blocks)
 
 
 def _listed(texts: list[str]) -> list[list[str]]:
@@ -249,14 +262,14 @@ def notes(study: Study, rows: Sequence[Row]) -> list[str]:
     return out
 
 
-def _against(study: Study, baseline: str) -> list[str | list[str] | Sheet | Picture]:
+def _against(study: Study, baseline: str) -> Blocks:
     found = [(m, runs) for m, runs in study.runs.items() if m != baseline]
     if not found:
         return [f"There is no other method than {baseline}."]
     tasks = list(study.headline)
     joined = len(tasks) == 1 or summary.averaged(study)
     head = [Cell("method")]
-    head += [Cell("difference", "all tasks"), Cell("95% interval"), Cell("pairs"), Cell("so it is")] if joined else []
+    head += [Cell("difference", "all tasks"), Cell("95% interval"), Cell("pairs"), Cell("verdict")] if joined else []
     singles = [] if len(tasks) == 1 else tasks
     head += [Cell(t, study.headline[t]) for t in singles]
     rows, words = [], []
@@ -290,6 +303,7 @@ VERDICTS = {
     "better": "Better than {baseline}: {methods}.",
     "worse": "Worse than {baseline}: {methods}.",
     "not told apart": "Not told apart from {baseline}: {methods}.",
+    "too few pairs": "Too few pairs to tell from {baseline}: {methods}.",
     "no pairs": "No seed of a task in common with {baseline}: {methods}.",
 }
 
@@ -346,8 +360,8 @@ def _order(o: Order) -> str:
     return text + (f" {_count(rest, 'pair')} the other way round or equal, within a spread." if rest else "")
 
 
-def _gone(studies: Sequence[Study], failed: Sequence[dict]) -> list[str | list[str] | Sheet | Picture]:
-    out: list[str | list[str] | Sheet | Picture] = []
+def _gone(studies: Sequence[Study], failed: Sequence[dict]) -> Blocks:
+    out: list[Block] = []
     if failed:
         head = [Cell(c) for c in ("method", "model", "task", "stage", "seed", "rate", "tries", "error")]
         rows = []
@@ -400,7 +414,7 @@ def _lead(records: Records, studies: Sequence[Study], baseline: str | None) -> l
         out.append("With " + _and(f"{p} {' and '.join(v)}" for p, v in versions.items()) + ".")
     days = sorted({str(r["at"])[:10] for r in every if r.get("at")})
     if days:
-        out.append(f"{days[0]}." if days[0] == days[-1] else f"{days[0]} to {days[-1]}.")
+        out.append(f"Run on {days[0]}." if days[0] == days[-1] else f"Run from {days[0]} to {days[-1]}.")
     return out
 
 
@@ -423,9 +437,9 @@ def _reading(baseline: str | None) -> list[str]:
     if baseline is not None:
         out.append(
             f"Differences are a method's score minus that of {baseline}, of the same task and seed (of a loss the "
-            "other way round: more is always better). Their interval is the percentile bootstrap's over those pairs, 9,999 "
-            "draws; it speaks of these tasks and is not corrected for the number of methods. A method is called better "
-            f"or worse if it leaves out 0 and there are at least {summary.FEWEST_PAIRS} pairs: fewer go all one way by "
+            "other way round: more is always better). Their interval is the percentile bootstrap's over those pairs, "
+            "9,999 draws; it speaks of these tasks and is not corrected for the number of methods. A method is called "
+            f"better or worse if it leaves out 0, of at least {summary.FEWEST_PAIRS} pairs: fewer go all one way by "
             "chance more often than one time in twenty."
         )
     out.append(
@@ -483,14 +497,17 @@ def _beside(cell: Cell) -> str:
 
 def html(title: str, lead: Sequence[str], sections: Sequence[Section]) -> str:
     """The report as one page that loads nothing else."""
-    return _template().render(
-        title=title,
-        lead=lead,
-        sections=[(f"s{i}", section, [(_kind(b), b) for b in section.blocks]) for i, section in enumerate(sections)],
-    )
+    shown = [(f"s{i}", section, [(_kind(b), b) for b in section.blocks]) for i, section in enumerate(sections)]
+    contents = []
+    for link, section, _ in shown:
+        if section.level == 2:
+            contents.append((link, section, []))
+        else:
+            contents[-1][2].append((link, section))
+    return _template().render(title=title, lead=lead, sections=shown, contents=contents)
 
 
-def _kind(block: str | list[str] | Sheet | Picture) -> str:
+def _kind(block: Block) -> str:
     return {str: "text", list: "list", Sheet: "sheet", Picture: "picture"}[type(block)]
 
 
@@ -504,13 +521,13 @@ def _template():
 
 
 def _rich(sheet: Sheet, title: str) -> Table:
+    """A sheet for the terminal, without its details; heads and names may wrap, numbers not."""
+    texts = [[c.text.replace(" ± ", "±") for c in row] for row in sheet.rows]
     out = Table(title=Text(title), box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
     for i, cell in enumerate(sheet.head):
-        out.add_column(
-            Text(cell.text + (f"\n{cell.detail}" if cell.detail else "")),
-            justify="right" if i else "left",
-            overflow="fold",
-        )
-    for row in sheet.rows:
-        out.add_row(*(Text(c.text, "bold" if c.best else "") for c in row))
+        head = Text(cell.text + (f"\n{cell.detail}" if cell.detail else ""))
+        width = max(len(row[i]) for row in texts) if 0 < i < len(sheet.head) - 1 else None
+        out.add_column(head, justify="right" if i else "left", overflow="fold", min_width=width)
+    for row, shown in zip(sheet.rows, texts, strict=True):
+        out.add_row(*(Text(text, "bold" if c.best else "") for c, text in zip(row, shown, strict=True)))
     return out

@@ -209,15 +209,13 @@ def _lines(file: Path) -> Iterable[dict]:
             line = _finite(json.loads(text))
         except json.JSONDecodeError:
             line = None
-        kind = line.get("kind") if isinstance(line, dict) else None
-        if kind not in NEEDED:
+        if not isinstance(line, dict) or line.get("kind") not in NEEDED:
             raise ValueError(
                 f"{file}, line {number}: expected a JSON object whose kind is one of {', '.join(NEEDED)}, got "
                 f"{text[:60]!r}; if a sweep is writing it now, try again"
             )
-        missing = [field for field in NEEDED[kind] if field not in line]
-        if missing:
-            raise ValueError(f"{file}, line {number}: a line of kind {kind} needs {', '.join(missing)}")
+        if missing := [field for field in NEEDED[line["kind"]] if field not in line]:
+            raise ValueError(f"{file}, line {number}: a line of kind {line['kind']} needs {', '.join(missing)}")
         yield line
 
 
@@ -428,11 +426,11 @@ def difference(values: Sequence[float], seed: int = 0) -> Difference:
     """Mean difference, its 95% interval, and what it means.
 
     The interval is the percentile bootstrap's (Efron and Tibshirani 1993, chapter 13): pairs are drawn again, with
-    replacement, 9,999 times. Fewer than six pairs are never told apart: they all go one way by chance too often.
+    replacement, 9,999 times. Fewer than six pairs tell nothing: they all go one way by chance too often.
     """
     n = len(values)
     if n < 2:
-        return Difference(n, values[0] if n else None, None, None, "not told apart" if n else "no pairs")
+        return Difference(n, values[0] if n else None, None, None, "too few pairs" if n else "no pairs")
     m = statistics.fmean(values)
     low = high = m
     if min(values) != max(values):
@@ -440,8 +438,8 @@ def difference(values: Sequence[float], seed: int = 0) -> Difference:
             (np.asarray(values),), np.mean, confidence_level=LEVEL, method="percentile", rng=np.random.default_rng(seed)
         )
         low, high = (float(x) for x in found.confidence_interval)
-    told = n >= FEWEST_PAIRS and (low > 0 or high < 0)
-    return Difference(n, m, low, high, ("better" if m > 0 else "worse") if told else "not told apart")
+    told = "better" if low > 0 else "worse" if high < 0 else "not told apart"
+    return Difference(n, m, low, high, told if n >= FEWEST_PAIRS else "too few pairs")
 
 
 def beside(study: Study, published: Sequence[dict]) -> list[Beside]:
@@ -491,12 +489,8 @@ def _order(table: Mapping[str, Mapping], column: tuple[str, str]) -> Order:
         spreads = max(p.get("spread") or 0, q.get("spread") or 0), max(x.sd or 0, y.sd or 0)
         if theirs * ours < 0 and abs(theirs) > spreads[0] and abs(ours) > spreads[1]:
             turned.append((a, b, theirs, ours) if (theirs > 0) != (column[1] in LOWER) else (b, a, -theirs, -ours))
-    tau = (
-        float(stats.kendalltau([p["score"] for _, p, _ in sides], [x.mean for *_, x in sides]).statistic)
-        if pairs
-        else 0
-    )
-    return Order(*column, pairs, same, tau if pairs and math.isfinite(tau) else None, turned)
+    tau = stats.kendalltau([p["score"] for _, p, _ in sides], [x.mean for *_, x in sides])[0] if pairs else math.nan
+    return Order(*column, pairs, same, float(tau) if math.isfinite(tau) else None, turned)
 
 
 def place(path: str) -> tuple[int | None, str]:
@@ -537,19 +531,19 @@ def is_rank(method: str) -> bool:
 def heat(values: Mapping[str, float]) -> tuple[list[str], list[int | None], np.ndarray]:
     """Rows (matrices), columns (layers; None last, for paths without one) and values (rows, columns), NaN where none.
 
-    What all names begin or end with is left out of the rows' names.
+    What all matrices of layers begin or end with is left out of their names.
     """
     placed = {path: place(path) for path in values}
     layered = list(dict.fromkeys(name for layer, name in placed.values() if layer is not None))
     loose = [name for layer, name in placed.values() if layer is None]
     layers: list[int | None] = [*sorted({layer for layer, _ in placed.values() if layer is not None})]
     layers += [None] if loose else []
-    names = [*layered, *loose]
+    names = [*_trimmed(layered), *loose]
     grid = np.full((len(names), len(layers)), np.nan)
     for path, (layer, name) in placed.items():
         row = layered.index(name) if layer is not None else len(layered) + loose.index(name)
         grid[row, layers.index(layer)] = values[path]
-    return _trimmed(names), layers, grid
+    return names, layers, grid
 
 
 def _trimmed(names: Sequence[str]) -> list[str]:
