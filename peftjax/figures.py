@@ -179,6 +179,7 @@ def _curves(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
 
 
 def _parts(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
+    import matplotlib
     from matplotlib.figure import Figure
 
     for method, runs in study.runs.items():
@@ -193,7 +194,8 @@ def _parts(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
                 fig = Figure(figsize=(WIDTH, 1.2 + 0.2 * len(matrices)), layout="constrained")
                 ax = fig.add_subplot()
                 top = float(np.nanmax(grid)) or 1.0
-                image = ax.pcolormesh(np.ma.masked_invalid(grid), cmap="cividis", vmin=0, vmax=top)
+                colours = matplotlib.colormaps["cividis"].resampled(40)  # of more than 50 the bar would be a bitmap
+                image = ax.pcolormesh(np.ma.masked_invalid(grid), cmap=colours, vmin=0, vmax=top)
                 every = -(-len(layers) // 16)
                 shown = [i for i, layer in enumerate(layers) if layer is None or not i % every]
                 ax.set_xticks(

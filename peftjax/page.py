@@ -105,7 +105,7 @@ def contents(records: Records, studies: Sequence[Study], baseline: str | None) -
     for study in studies:
         rows = summary.rows(study)
         sections.append(Section(study.model, 2, study.model, [scores(study, rows), *_listed(notes(study, rows))]))
-        if baseline is not None and study.runs.get(baseline):
+        if baseline is not None:
             sections.append(_part(study, f"against {baseline}", _against(study, baseline)))
         for b in summary.beside(study, records.published):
             about = f"beside {b.model}" + (f" ({b.source})" if b.source else "")
@@ -165,6 +165,10 @@ def _span(m: Mean | Difference, digits: int, plus: bool = False) -> str:
 
 def _count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'' if len(seeds) == 1 else 's'} {_and(seeds)}"
 
 
 def _and(texts: Iterable[Any]) -> str:
@@ -263,7 +267,9 @@ def notes(study: Study, rows: Sequence[Row]) -> list[str]:
 
 
 def _against(study: Study, baseline: str) -> Blocks:
-    found = [(m, runs) for m, runs in study.runs.items() if m != baseline]
+    found = [m for m in study.runs if m != baseline]
+    if not study.runs.get(baseline):
+        return [f"{baseline} has no run with {study.model}."]
     if not found:
         return [f"There is no other method than {baseline}."]
     tasks = list(study.headline)
@@ -273,7 +279,7 @@ def _against(study: Study, baseline: str) -> Blocks:
     singles = [] if len(tasks) == 1 else tasks
     head += [Cell(t, study.headline[t]) for t in singles]
     rows, words = [], []
-    for method, _ in found:
+    for method in found:
         line = [Cell(method, value=method)]
         if joined:
             d = summary.differences(study, method, baseline, tasks)
@@ -381,7 +387,7 @@ def _gone(studies: Sequence[Study], failed: Sequence[dict]) -> Blocks:
     gone = [(s, *missing) for s in studies for missing in summary.missing(s)]
     if gone:
         out.append("Missing, where other methods have a run or a failure:")
-        out.append([f"{s.model}, {method}, {task}: seeds {_and(seeds)}" for s, method, task, seeds in gone])
+        out.append([f"{s.model}, {method}, {task}: {_seeds(seeds)}" for s, method, task, seeds in gone])
     else:
         out.append("Nothing is missing: every method has a record of each task and seed that another has.")
     return out

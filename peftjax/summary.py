@@ -489,8 +489,9 @@ def _order(table: Mapping[str, Mapping], column: tuple[str, str]) -> Order:
         spreads = max(p.get("spread") or 0, q.get("spread") or 0), max(x.sd or 0, y.sd or 0)
         if theirs * ours < 0 and abs(theirs) > spreads[0] and abs(ours) > spreads[1]:
             turned.append((a, b, theirs, ours) if (theirs > 0) != (column[1] in LOWER) else (b, a, -theirs, -ours))
-    tau = stats.kendalltau([p["score"] for _, p, _ in sides], [x.mean for *_, x in sides])[0] if pairs else math.nan
-    return Order(*column, pairs, same, float(tau) if math.isfinite(tau) else None, turned)
+    scores = [p["score"] for _, p, _ in sides], [x.mean for *_, x in sides]
+    tau = float(np.asarray(stats.kendalltau(*scores))[0]) if pairs else math.nan
+    return Order(*column, pairs, same, tau if math.isfinite(tau) else None, turned)
 
 
 def place(path: str) -> tuple[int | None, str]:
