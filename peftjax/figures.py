@@ -6,7 +6,7 @@ a PNG on white, and an SVG whose text, axes and background follow the page that 
 
 import io
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,9 @@ STYLE: dict[Any, Any] = {
 }
 
 
+Drawn = tuple[str, str, str, "Figure"]  # kind, name, caption
+
+
 class Picture(NamedTuple):
     """A picture.
 
@@ -61,16 +64,32 @@ class Picture(NamedTuple):
 
     def file(self) -> str:
         """The SVG as a file of its own, light or dark as the reader's system is."""
-        dark = "@media(prefers-color-scheme:dark){svg{color:#ddd;--rule:#444}}"
-        style = f"<style>svg{{color:#1a1a1a;--rule:#ccc;font-family:sans-serif}}{dark}</style>"
+        dark = "@media(prefers-color-scheme:dark){svg{color:#ddd;--rule:#444;background:#15171a}}"
+        style = f"<style>svg{{color:#1a1a1a;--rule:#ccc;background:#fff;font-family:sans-serif}}{dark}</style>"
         spaces = ' xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
         return self.svg.replace("<svg", "<svg" + spaces, 1).replace(">", ">" + style, 1)
 
 
-def pictures(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
-    """All pictures of one model that its records allow."""
+def pictures(study: Study, rows: Sequence[Row], taken: Iterable[str] = ()) -> list[Picture]:
+    """All pictures of one model that its records allow.
+
+    Args:
+      taken: names that other pictures have.
+    """
+    out: list[Picture] = []
     for draw in (_costs, _ranks, _curves, _parts):
-        yield from draw(study, rows)
+        for kind, file, caption, fig in draw(study, rows):
+            out.append(_picture(fig, kind, free(file, {*taken, *(p.name for p in out)}), caption))
+    return out
+
+
+def free(text: str, taken: Collection[str]) -> str:
+    """The text, with a number where it is taken.
+
+    >>> free("a", ["a", "a-2"]), free("b", ["a"])
+    ('a-3', 'b')
+    """
+    return next(t for t in (text, *(f"{text}-{i}" for i in range(2, len(taken) + 3))) if t not in taken)
 
 
 def slug(*parts: str) -> str:
@@ -89,7 +108,7 @@ COSTS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (
 )
 
 
-def _costs(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
+def _costs(study: Study, rows: Sequence[Row]) -> Iterator[Drawn]:
     targets: list[tuple[str, dict[str, Mean]]]
     if summary.averaged(study):
         targets = [("average of the tasks", {r.method: r.average for r in rows if r.average is not None})]
@@ -129,10 +148,10 @@ def _costs(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
             gone = [r.method for r in rows if r not in shown]
             caption = f"{study.model}: {what}, by {label}; bars: standard deviation over seeds."
             caption += f" Not shown, for want of a number: {', '.join(gone)}." if gone else ""
-            yield _picture(fig, "cost", slug(short, study.model, what), caption)
+            yield "cost", slug(short, study.model, what), caption, fig
 
 
-def _ranks(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
+def _ranks(study: Study, rows: Sequence[Row]) -> Iterator[Drawn]:
     for task, metric in study.headline.items():
         lines = summary.ranked(study, task)
         if not lines:
@@ -155,10 +174,10 @@ def _ranks(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
         ax.set(xlabel="rank", ylabel=f"{task}, {metric}")
         _legend(fig, ax)
         caption = f"{study.model}, {task}: {metric} by rank; bars: standard deviation over seeds."
-        yield _picture(fig, "ranks", slug("ranks", study.model, task), caption)
+        yield "ranks", slug("ranks", study.model, task), caption, fig
 
 
-def _curves(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
+def _curves(study: Study, rows: Sequence[Row]) -> Iterator[Drawn]:
     for task, metric in study.headline.items():
         for short, what in ((None, "training loss"), (metric, f"{metric} of the evaluations")):
             found = {m: c for m, runs in study.runs.items() if (c := summary.curve(runs, task, short)) is not None}
@@ -175,10 +194,10 @@ def _curves(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
             ax.set(xlabel="step", ylabel=f"{task}, {'training loss' if short is None else metric}")
             _legend(fig, ax)
             caption = f"{study.model}, {task}: {what} by step, mean over seeds; bands: standard deviation."
-            yield _picture(fig, "curves", slug("loss" if short is None else "score", study.model, task), caption)
+            yield "curves", slug("loss" if short is None else "score", study.model, task), caption, fig
 
 
-def _parts(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
+def _parts(study: Study, rows: Sequence[Row]) -> Iterator[Drawn]:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -213,7 +232,7 @@ def _parts(study: Study, rows: Sequence[Row]) -> Iterator[Picture]:
             n = len({r["seed"] for r in runs if r["task"] == task and r.get("allocation")})
             what = "rank of each matrix" if rank else "share of each matrix's entries that train"
             caption = f"{study.model}, {task}, {method}: {what}, mean over {n} seed{'' if n == 1 else 's'}."
-            yield _picture(fig, "parts", slug("parts", study.model, task, method), caption)
+            yield "parts", slug("parts", study.model, task, method), caption, fig
 
 
 def styles(study: Study) -> dict[str, dict[str, Any]]:

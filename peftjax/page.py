@@ -101,7 +101,8 @@ def _baseline(studies: Sequence[Study], asked: str | None, grids: str | None) ->
 
 def contents(records: Records, studies: Sequence[Study], baseline: str | None) -> tuple[list[str], list[Section]]:
     """The lead, and the sections: each model's scores, comparison, published tables, pictures; then what is missing."""
-    sections = []
+    sections: list[Section] = []
+    names: set[str] = set()
     for study in studies:
         rows = summary.rows(study)
         sections.append(Section(study.model, 2, study.model, [scores(study, rows), *_listed(notes(study, rows))]))
@@ -110,7 +111,8 @@ def contents(records: Records, studies: Sequence[Study], baseline: str | None) -
         for b in summary.beside(study, records.published):
             about = f"beside {b.model}" + (f" ({b.source})" if b.source else "")
             sections.append(_part(study, about, [published(b, study), _orders(b)]))
-        drawn = list(figures.pictures(study, rows))
+        drawn = figures.pictures(study, rows, names)
+        names |= {p.name for p in drawn}
         for kind, heading in KINDS.items():
             if found := [p for p in drawn if p.kind == kind]:
                 sections.append(_part(study, heading, [*found]))
@@ -409,6 +411,8 @@ def _lead(records: Records, studies: Sequence[Study], baseline: str | None) -> l
         + (f"; {len(records.failed)} failed" if records.failed else "; none failed")
         + (f". Compared with {baseline}." if baseline else ".")
     ]
+    if records.baseline and baseline is None:
+        out.append(f"Nothing is compared, since the grid's baseline {records.baseline} has no run of that name.")
     devices = Counter(_device(r["device"]) for r in every if r.get("device"))
     if devices:
         out.append("On " + "; ".join(d if len(devices) == 1 else f"{d} ({n} runs)" for d, n in devices.items()) + ".")

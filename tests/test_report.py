@@ -4,6 +4,7 @@ import json
 import math
 import random
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -330,6 +331,14 @@ def test_layers_and_matrices():
     names, layers, grid = summary.heat({"a/h_2/q/w": 3.0, "a/h_0/q/w": 1.0, "a/h_0/up/w": 2.0, "a/norm": 4.0})
     assert (names, layers) == (["q", "up", "a/norm"], [0, 2, None])
     np.testing.assert_array_equal(grid, [[1, 3, np.nan], [2, np.nan, np.nan], [np.nan, np.nan, 4]])
+
+
+def test_names_of_files_that_would_be_alike(tmp_path):
+    part = {"allocation": {"layer_0/q": 1}, "sizes": {"layer_0/q": 2}}
+    found, _ = study([line("mask(a=1)", **part), line("mask(a='1')", **part)], tmp_path)
+    drawn = [p for p in figures.pictures(found, summary.rows(found)) if p.kind == "parts"]
+    assert [p.name for p in drawn] == ["parts-minilm-cola-mask-a-1", "parts-minilm-cola-mask-a-1-2"]
+    assert ElementTree.fromstring(drawn[0].file()).tag.endswith("svg")
 
 
 def test_allocation_is_a_share_of_entries_or_a_rank():
