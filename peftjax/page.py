@@ -296,7 +296,10 @@ def _against(study: Study, baseline: str) -> Blocks:
         for t in singles:
             d, digits = summary.differences(study, method, baseline, [t]), _digits(study.headline[t])
             detail = _and(
-                filter(None, [_span(d, digits, plus=True), d.verdict if joined else f"{d.pairs} pairs, {d.verdict}"])
+                filter(
+                    None,
+                    [_span(d, digits, plus=True), d.verdict if joined else f"{_count(d.pairs, 'pair')}, {d.verdict}"],
+                )
             )
             line.append(Cell(number(d.mean, digits, plus=True), detail, d.mean))
         rows.append(line)
