@@ -127,6 +127,7 @@ class Compare:
       out: where results, report, plots and adapters go; default: runs/MODEL-TASK.
       pack: put several texts of a generation task into a row of max_length tokens.
       lanes: runs of a program that are computed at once; default: what the memory allows, on a CPU one.
+      log: where each run's numbers go besides its log.jsonl: tensorboard, wandb, or both with a comma.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
@@ -138,6 +139,7 @@ class Compare:
     out: Path | None = None
     pack: bool = False
     lanes: int | None = None
+    log: str = ""
 
 
 @dataclasses.dataclass
@@ -154,7 +156,7 @@ class Train:
       ranks: of a LoRA, several: 1,2,4,8.
       out: where the adapter, the log and the training state go.
       pack: put several texts of a generation task into a row of max_length tokens.
-      lanes: as of compare.
+      lanes, log: as of compare.
     """
 
     base: tyro.conf.OmitArgPrefixes[Base]
@@ -168,6 +170,40 @@ class Train:
     out: Path = Path("runs/train")
     pack: bool = False
     lanes: int | None = None
+    log: str = ""
+
+
+@dataclasses.dataclass
+class Sweep:
+    """Makes all runs of a grid; what is there is not made again, and several processes may share the folder.
+
+    Attributes:
+      grid: YAML file with models, tasks, methods, ranks, rates, seeds, search, settings, options, rules
+        (`peftjax.grid.Grid`).
+      out: where runs and results.jsonl go; default: runs/ and the file's name.
+      shard: i/n: make the i-th of n parts only, for array jobs.
+      retry: make the runs that failed again.
+      stale: seconds without a sign of life after which another process's runs are taken over.
+      lanes, log: as of compare.
+      list: show the runs and make none.
+      launch: make them by jobs that are submitted now: of Slurm, or processes on this machine (pip install
+        'peftjax[slurm]').
+      jobs: how many, each with a shard of its own.
+      launch_options: of the jobs: partition=gpu,gpus_per_node=1,timeout_min=600, as submitit and sbatch call them; a
+        job that is out of time is queued again and goes on.
+    """
+
+    grid: tyro.conf.Positional[Path]
+    out: Path | None = None
+    shard: str = "1/1"
+    retry: bool = False
+    stale: float = 600.0
+    lanes: int | None = None
+    log: str = ""
+    list: bool = False
+    launch: Literal["slurm", "local"] | None = None
+    jobs: int = 1
+    launch_options: str = ""
 
 
 @dataclasses.dataclass
@@ -188,6 +224,7 @@ class Sft:
       seed: fixes everything that is random.
       lr: learning rate; default: the method's own.
       out: where the adapter, the log and the training state go.
+      log: as of compare.
     """
 
     data: str
@@ -209,6 +246,7 @@ class Sft:
     seed: int = 0
     lr: float | None = None
     out: Path = Path("runs/sft")
+    log: str = ""
 
 
 @dataclasses.dataclass
@@ -658,7 +696,7 @@ class Instruct:
 
 
 def compare(args: Compare) -> None:
-    from . import compare as comparison
+    from . import compare as comparison, loggers
 
     out = args.out or Path("runs") / f"{Path(args.base.model).name}-{args.base.task}"
     found = comparison.compare(
@@ -675,6 +713,7 @@ def compare(args: Compare) -> None:
         decoding=_decoding(args.decode),
         pack=args.pack,
         lanes=args.lanes,
+        log=loggers.openers(args.log, out, _say),
         **_prepare(args.base),
     )
     console.print(*found, sep="\n")
@@ -682,7 +721,7 @@ def compare(args: Compare) -> None:
 
 
 def train(args: Train) -> None:
-    from . import compare as comparison
+    from . import compare as comparison, loggers
 
     if args.seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {args.seeds}")
@@ -690,6 +729,7 @@ def train(args: Train) -> None:
     where = (args.base.model, args.base.task, args.base.data)
     common: dict[str, Any] = {"method": args.method, "out": args.out, "watch": _watch, "say": _say}
     common |= {"decoding": _decoding(args.decode), "pack": args.pack, **_prepare(args.base)}
+    common["log"] = loggers.openers(args.log, args.out, _say)
     settings = dataclasses.replace(_settings(args.training), seed=args.seed)
     if args.seeds > 1 or len(rates) > 1 or ranks:
         seeds = range(args.seed, args.seed + args.seeds)
@@ -703,8 +743,52 @@ def train(args: Train) -> None:
     _say_trained(comparison.train(*where, rate=rates[0] if rates else None, settings=settings, **common), args.out)
 
 
+def sweep(args: Sweep) -> None:
+    from . import grid as grids, loggers, sweep as sweeps
+
+    grid = grids.read(args.grid)
+    out = args.out or Path("runs") / args.grid.stem
+    if args.list:
+        console.print(sweeps.listed(grid, out))
+        return
+    log = loggers.openers(args.log, out, _say)
+    if args.launch is not None:
+        _launch(args, args.launch, out)
+        return
+    if args.jobs != 1 or args.launch_options:
+        raise ValueError("--jobs and --launch-options are for --launch slurm or local; write that, too")
+    how: dict[str, Any] = {"retry": args.retry, "stale": args.stale, "lanes": args.lanes}
+    found = sweeps.sweep(grid, out, shard=_shard(args.shard), log=log, **how)
+    failed = [r for r in found if r["kind"] == "failed"]
+    for r in failed:
+        _say(f"failed: {r['model']}, {r['task']}, {r['method']}, seed {r['seed']}: {r['error']}")
+    again = "; to make these again: --retry" if failed else ""
+    _say(f"{len(found)} runs are over, {len(failed)} of them failed{again}")
+    _say(f"written: {out}/results.jsonl; to read: peftjax report {out}", style="dim")
+
+
+def _launch(args: Sweep, cluster: str, out: Path) -> None:
+    from .launch import launch, options
+
+    if args.shard != "1/1":
+        raise ValueError("--launch gives each job its own shard; leave --shard out, and say how many with --jobs")
+    more = [f"--stale={args.stale}", *(["--retry"] if args.retry else [])]
+    more += [f"--{name}={value}" for name in ("lanes", "log") if (value := getattr(args, name))]
+    parameters = options(args.launch_options)
+    jobs, logs = launch(args.grid, out, cluster=cluster, jobs=args.jobs, parameters=parameters, more=more)
+    _say(f"submitted: {', '.join(str(job.job_id) for job in jobs)}")
+    _say(f"logs: {logs}; how far it is: peftjax sweep {args.grid} --out {out} --list", style="dim")
+
+
+def _shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdigit() and n.isdigit() and 1 <= int(i) <= int(n)):
+        raise ValueError(f"cannot read the shard {text!r}; write i/n with i from 1 to n, such as 1/4")
+    return int(i), int(n)
+
+
 def sft(args: Sft) -> None:
-    from . import compare as comparison
+    from . import compare as comparison, loggers
     from .tasks import Chats, get_task
 
     names = [f.name for f in dataclasses.fields(Base)]
@@ -720,6 +804,7 @@ def sft(args: Sft) -> None:
         watch=_watch,
         say=_say,
         pack=args.pack,
+        log=loggers.openers(args.log, args.out, _say),
         **_prepare(base),
     )
     _say_trained(result, args.out)
@@ -1065,6 +1150,7 @@ def _from_model(a: FromModel) -> None:
 VERBS: dict[type, Callable] = {
     Compare: compare,
     Train: train,
+    Sweep: sweep,
     Sft: sft,
     Evaluate: evaluate,
     Score: score,
@@ -1088,6 +1174,7 @@ LIGHT = (Score, Inspect, Memory, Report, Methods, Models)  # verbs that compile 
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Sft, tyro.conf.subcommand("sft")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Score, tyro.conf.subcommand("score")]

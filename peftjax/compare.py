@@ -26,7 +26,7 @@ from .generate import Decoding
 from .hub import Model
 from .layout import stack_layers
 from .loop import MAY_DIFFER, NonFinite
-from .methods import at_rank, build, chain, parse
+from .methods import Method, at_rank, build, chain, parse
 from .methods.base import virtual_tokens
 from .metrics import score
 from .problem import Evaluator, Problem, prepare
@@ -35,6 +35,7 @@ from .run import (
     ZERO_SHOT,
     Entry,
     Job,
+    Open,
     check_writable,
     configuration,
     cut_off,
@@ -67,6 +68,7 @@ def compare(
     lanes: int | None = None,
     watch: Callable = lambda title: nullcontext(lambda record: None),
     say: Callable[[str], Any] = print,
+    log: Sequence[Open] = (),
     **options: Any,
 ) -> tuple[Table, ...]:
     """Trains every method with every seed and writes the report; what is there already is not trained again.
@@ -78,6 +80,7 @@ def compare(
       seeds: how many, counted from 0; a seed fixes the data order, the methods' start, dropout and the head.
       rates: method name -> learning rate; '' stands for all others.
       lanes: how many runs are computed at once in a program; default: what the memory allows, on a CPU one.
+      log: what makes the loggers of each run (`peftjax.loggers.openers`).
       options: for `peftjax.problem.prepare`.
 
     Raises:
@@ -99,7 +102,7 @@ def compare(
     rated = [
         dataclasses.replace(settings, learning_rate=rate_of(e, rates, problem.model, model_name)) for e in chosen
     ]  # all, before anything is trained
-    _check_plans(problem, chosen, settings)
+    check_plans(problem, chosen, settings)
     _say_notes(problem, chosen, say)
     if not problem.model.fresh:
         with watch(ZERO_SHOT):
@@ -110,7 +113,7 @@ def compare(
         for entry, own in zip(chosen, rated, strict=True)
         for seed in range(seeds)
     ]
-    trained, left_out = _train_all(_jobs(problem, runs, out), evaluator, lanes, watch, say)
+    trained, left_out = _train_all(_jobs(problem, runs, out), evaluator, lanes, watch, say, log)
     results += trained
     title = f"{Path(model_name).name} on {task}"
     return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
@@ -125,12 +128,17 @@ def _jobs(problem: Problem, runs: Iterable[tuple[Entry, Settings]], out: Path) -
         if h not in folders:
             new = out / "runs" / f"{name}-seed{settings.seed}-{h}"
             folders[h] = next((out / "runs").glob(f"*-seed*-{h}"), new)
-        jobs.append(Job(_with_head_of_seed(problem, settings.seed), entry, settings, folders[h]))
+        jobs.append(Job(with_head_of_seed(problem, settings.seed), entry, settings, folders[h]))
     return jobs
 
 
 def _train_all(
-    jobs: Sequence[Job], evaluator: Evaluator, lanes: int | None, watch: Callable, say: Callable
+    jobs: Sequence[Job],
+    evaluator: Evaluator,
+    lanes: int | None,
+    watch: Callable,
+    say: Callable,
+    log: Sequence[Open],
 ) -> tuple[list[dict], list[str]]:
     """Results in the order of the jobs, those in one program together; and what is left out, with the reason.
 
@@ -144,7 +152,7 @@ def _train_all(
             found[job.folder] = run(*job, evaluator=evaluator)
     for group, at_once in _programs([*{job.folder: job for job in jobs}.values()], lanes):
         with watch(_titles(group)) as note:
-            ended = run_together(group, lanes=at_once, evaluator=evaluator, report=note)
+            ended = run_together(group, lanes=at_once, evaluator=evaluator, report=note, log=log)
         for job, result in zip(group, ended, strict=True):
             found[job.folder] = result
             if isinstance(result, NonFinite):
@@ -164,18 +172,18 @@ def _programs(jobs: Sequence[Job], lanes: int | None) -> Iterator[tuple[list[Job
     """What is to be trained in one program, and how many of it at once: what was cut off as it was, then by kin."""
     begun = cut_off(jobs)
     for group in begun:
-        yield group, _room(group, lanes)[1]
-    there, kin = {job.folder for group in begun for job in group}, {}
+        yield group, room(group, lanes)[1]
+    there, alike = {job.folder for group in begun for job in group}, {}
     for job in jobs:
         if job.folder not in there and not (job.folder / "result.json").is_file():
-            kin.setdefault(_kin(job), []).append(job)
-    for group in kin.values():
-        size, at_once = _room(group, lanes)
+            alike.setdefault(kin(job.entry.method, job.settings), []).append(job)
+    for group in alike.values():
+        size, at_once = room(group, lanes)
         for i in range(0, len(group), size):
             yield group[i : i + size], min(at_once, size)
 
 
-def _room(jobs: Sequence[Job], lanes: int | None) -> tuple[int, int]:
+def room(jobs: Sequence[Job], lanes: int | None) -> tuple[int, int]:
     """`memory.room_for` runs as large as the largest of these."""
     if len(jobs) == 1:
         return 1, 1
@@ -195,12 +203,12 @@ def _case(job: Job) -> memory.Case:
 RANKED = ("lora", "lora_fa", "lora_plus")  # whose ranks train in one program
 
 
-def _kin(job: Job) -> str:
+def kin(method: Method, settings: Settings) -> str:
     """What runs in one program have in common."""
-    free = {name: {"rank", "alpha"} if name in RANKED else set() for name, _ in job.entry.method.spec}
-    spec = [(name, {k: v for k, v in a.items() if k not in free[name]}) for name, a in job.entry.method.spec]
-    settings = {k: v for k, v in dataclasses.asdict(job.settings).items() if k not in MAY_DIFFER}
-    return json.dumps([spec, settings], sort_keys=True)
+    free = {name: {"rank", "alpha"} if name in RANKED else set() for name, _ in method.spec}
+    spec = [(name, {k: v for k, v in a.items() if k not in free[name]}) for name, a in method.spec]
+    same = {k: v for k, v in dataclasses.asdict(settings).items() if k not in MAY_DIFFER}
+    return json.dumps([spec, same], sort_keys=True)
 
 
 def _title(job: Job) -> str:
@@ -227,6 +235,7 @@ def train(
     settings: Settings,
     watch: Callable = lambda title: nullcontext(lambda record: None),
     say: Callable[[str], Any] = print,
+    log: Sequence[Open] = (),
     **options: Any,
 ) -> dict:
     """Trains one method into a folder; see `peftjax.run.run` for what it holds and returns.
@@ -241,14 +250,14 @@ def train(
         get_task(task)
     out = check_writable(out)
     problem, (entry,) = set_up(model_name, task, source, method, settings, **options)
-    problem = _with_head_of_seed(problem, settings.seed)
+    problem = with_head_of_seed(problem, settings.seed)
     _say_notes(problem, [entry], say)
     rates = {} if rate is None else {"": rate}
     settings = dataclasses.replace(settings, learning_rate=rate_of(entry, rates, problem.model, model_name))
-    _check_plans(problem, [entry], settings)
+    check_plans(problem, [entry], settings)
     hint = "run the same command again: " + shlex.join(["peftjax", *sys.argv[1:]])
     with watch(entry.name) as note:
-        return run(problem, entry, settings, out, resume_hint=hint, report=note)
+        return run(problem, entry, settings, out, resume_hint=hint, report=note, log=log)
 
 
 def train_several(
@@ -265,6 +274,7 @@ def train_several(
     lanes: int | None = None,
     watch: Callable = lambda title: nullcontext(lambda record: None),
     say: Callable[[str], Any] = print,
+    log: Sequence[Open] = (),
     **options: Any,
 ) -> tuple[Table, ...]:
     """Trains one method with every seed, learning rate and rank, in one program where the memory allows it.
@@ -272,7 +282,7 @@ def train_several(
     Args:
       rates: learning rates; empty: the method's own.
       ranks: of a LoRA; empty: the method's own.
-      lanes: as for `compare`.
+      lanes, log: as for `compare`.
 
     Returns:
       The tables of `report.write`, a row for each rate and rank; adapters, logs and results are in `runs`.
@@ -294,13 +304,13 @@ def train_several(
     for one in entries:
         _try(one, problem.model, settings.layout)
     chosen = [*rates] or [rate_of(entry, {}, problem.model, model_name)]
-    _check_plans(problem, entries, settings)
+    check_plans(problem, entries, settings)
     _say_notes(problem, [entry], say)
     runs = []
     for rate, one, seed in itertools.product(chosen, entries, seeds):
         named = one._replace(name=f"{one.name}, lr {rate:g}") if len(chosen) > 1 else one
         runs.append((named, dataclasses.replace(settings, learning_rate=rate, seed=seed)))
-    results, left_out = _train_all(_jobs(problem, runs, out), Evaluator(problem), lanes, watch, say)
+    results, left_out = _train_all(_jobs(problem, runs, out), Evaluator(problem), lanes, watch, say, log)
     title = f"{entry.name}: {Path(model_name).name} on {row.name}"
     return report.write(results, problem.task.headline, title, [*_facts(problem, settings, options), *left_out], out)
 
@@ -640,7 +650,7 @@ def _try(entry: Entry, model: Model, layout: str) -> Any:
     return params
 
 
-def _check_plans(problem: Problem, chosen: list[Entry], settings: Settings) -> None:
+def check_plans(problem: Problem, chosen: list[Entry], settings: Settings) -> None:
     """Tells every method how long it would train, so that what does not fit is said before anything is trained."""
     total = _steps(problem, settings)
     for entry in chosen:
@@ -658,7 +668,7 @@ def _adapted(m: Any, params: Any, model: Model) -> Any:
     return m.init(jax.random.key(0), params, model.sites)
 
 
-def _with_head_of_seed(problem: Problem, seed: int) -> Problem:
+def with_head_of_seed(problem: Problem, seed: int) -> Problem:
     """The problem with its new task head, if it has one, drawn from this seed."""
     return problem._replace(model=hub.redraw(problem.model, seed)) if problem.model.fresh else problem
 

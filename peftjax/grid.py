@@ -151,7 +151,7 @@ class Cell(NamedTuple):
     def key(self) -> str:
         """Twelve hex digits of the run's configuration, paths left out."""
         said = {k: v for k, v in self._asdict().items() if k not in ("source", "data")}
-        return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:12]
+        return digest(said)
 
     @property
     def seed(self) -> int:
@@ -296,22 +296,26 @@ def _made(cls: type, data: Any, where: str) -> Any:
     for name, value in data.items():
         if "tuple" in str(fields[name].type) and value is not None:
             value = tuple(_listed(value))
-        if name in ("factors", "rates") and not isinstance(value, Mapping):
-            value = tuple(_number(name, v) for v in value)
-        if name == "settings":
-            value = {
-                k: _number(k, v) if k in ("learning_rate", "warmup", "weight_decay") else v for k, v in value.items()
-            }
-        if name == "rates" and isinstance(value, Mapping):
-            value = {k: tuple(_number(name, v) for v in _listed(vs)) for k, vs in value.items()}
-        values[name] = value
+        values[name] = _numbers(name, value)
     return cls(**values)
 
 
-def _number(name: str, value: Any) -> float:
-    """YAML reads 1e-3, without a point, as a text."""
+def digest(data: Any) -> str:
+    """Twelve hex digits of JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _numbers(name: str, value: Any) -> Any:
+    """The numbers in a field of them: YAML reads 1e-3, without a point, as a text."""
+    if name == "rates" and isinstance(value, Mapping):
+        return {k: _numbers(name, tuple(_listed(v))) for k, v in value.items()}
+    if name == "settings" and isinstance(value, Mapping):
+        floating = ("learning_rate", "warmup", "weight_decay")
+        return {k: _numbers(k, (v,))[0] if k in floating else v for k, v in value.items()}
+    if name not in ("factors", "rates", "learning_rate", "warmup", "weight_decay"):
+        return value
     try:
-        return float(value)
+        return tuple(float(v) for v in value)
     except (TypeError, ValueError):
         raise ValueError(f"{name} must be numbers; got {value!r}") from None
 
@@ -360,8 +364,8 @@ def _named(grid: Grid, rule: Rule) -> set[str]:
 def _cell(grid: Grid, model: str, task: str, method: str, seed: int, rate: float | None, factor: float) -> Cell:
     settings, options = _ruled(grid, model, task, method)
     settings = {k: v for k, v in settings.items() if k != "learning_rate"} | {"seed": seed}
-    where = (model, grid.models[model], task, grid.tasks[task])
-    return Cell(*where, method, *json.loads(json.dumps([settings, options])), rate, factor)
+    settings, options = json.loads(json.dumps([settings, options]))  # as a record gives them back
+    return Cell(model, grid.models[model], task, grid.tasks[task], method, settings, options, rate, factor)
 
 
 def _tried(grid: Grid, model: str, task: str, method: str) -> Iterator[Cell]:

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,13 @@ class Interrupted(KeyboardInterrupt):
     """The run was interrupted; its state is saved and the message says how to resume."""
 
 
+class Logger(NamedTuple):
+    """What else takes a run's records, as they go into its log: `add` each of them, `close` at the end."""
+
+    add: Callable[[dict], Any]
+    close: Callable[[], Any]
+
+
 class Run(NamedTuple):
     """One run.
 
@@ -44,12 +51,14 @@ class Run(NamedTuple):
       settings: of runs in one program, equal but for `MAY_DIFFER`.
       epoch: number -> its batches, a function of nothing else, so that a run can resume anywhere.
       folder: where its log goes.
+      loggers: each is made when the training begins, from the records up to where it resumes.
     """
 
     params: Tree
     settings: Settings
     epoch: Callable[[int], Iterator[dict]]
     folder: str | Path | None = None
+    loggers: Sequence[Callable[[Sequence[dict]], Logger]] = ()
 
 
 class Fitted(NamedTuple):
@@ -162,7 +171,7 @@ def fit_together(
     total = settings.steps or settings.epochs * steps_per_epoch
     program = _Program(runs, method, objective, total, n if lanes is None else lanes)
     state, keys = program.state, stack([jax.random.key(r.settings.seed) for r in runs])
-    courses = [_Course(method, r.folder, program.trainable(state, i)) for i, r in enumerate(runs)]
+    courses = [_Course(method, r, program.trainable(state, i)) for i, r in enumerate(runs)]
     times: list[float] = []
     flops = 0.0
     folder = None if states is None else StateFolder(states)
@@ -222,7 +231,9 @@ def fit_together(
 
     waiting: deque[tuple] = deque()  # steps whose numbers are read while later ones run
     clock = time.perf_counter()
-    with _Interrupts() as interrupts, nullcontext() if folder is None else closing(folder):
+    with _Interrupts() as interrupts, ExitStack() as opened:
+        for x in (*([] if folder is None else [folder]), *(c.log for c in courses)):
+            opened.enter_context(closing(x))
         for batch in () if over() else program.batches(steps_per_epoch, done, total):
             step, compiling, of_step = program.compiled(state, batch, keys)
             while compiling and waiting:
@@ -374,9 +385,9 @@ def _from_step(epoch, steps_per_epoch, first, total) -> Iterator[dict]:
 class _Course:
     """What each run has of its own: its log, its best state, and, if it is over, why."""
 
-    def __init__(self, method: Method, folder: str | Path | None, kept: Tree):
+    def __init__(self, method: Method, run: Run, kept: Tree):
         self.name = "+".join(name for name, _ in method.spec)
-        self.log, self.kept = _Log(folder), kept
+        self.log, self.kept = _Log(run), kept
         self.best: dict | None = None
         self.ended: NonFinite | None = None
 
@@ -398,11 +409,12 @@ class _Course:
 
 
 class _Log:
-    """The records of a run, also as JSON lines in the run's folder."""
+    """The records of a run, also as JSON lines in the run's folder, and by its loggers."""
 
-    def __init__(self, folder: str | Path | None):
-        self.file = None if folder is None else Path(folder) / "log.jsonl"
+    def __init__(self, run: Run):
+        self.file = None if run.folder is None else Path(run.folder) / "log.jsonl"
         self.records: list[dict] = []
+        self.makers, self.loggers = run.loggers, []
         if self.file is not None:
             self.file.parent.mkdir(parents=True, exist_ok=True)
 
@@ -417,12 +429,19 @@ class _Log:
                 if record["step"] <= step:
                     self.records.append(record)
             write_atomically(self.file, "".join(json.dumps(r) + "\n" for r in self.records))
+        self.loggers = [make(self.records) for make in self.makers]
 
     def add(self, record: dict) -> None:
         self.records.append(record)
         if self.file is not None:
             with self.file.open("a") as f:
                 f.write(json.dumps(record) + "\n")
+        for logger in self.loggers:
+            logger.add(record)
+
+    def close(self) -> None:
+        for logger in self.loggers:
+            logger.close()
 
 
 class _Interrupts:

@@ -5,6 +5,7 @@ another configuration in the same folder is refused.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -18,20 +19,22 @@ import jax
 
 from .checkpoint import save_adapter, write_atomically
 from .hub import BUNDLED, Model, fingerprint
-from .loop import Fitted, NonFinite, Run, fit_together, lower
+from .layout import unstack_layers
+from .loop import Fitted, Logger, NonFinite, Run, fit_together, lower
 from .methods import METHODS, TABLE, Method, build, chain, default_rate, head, parse, with_text_ids
 from .problem import Evaluator, Problem, objective
 from .quantize import quantized_as
 from .together import alike
 from .train import Settings
 from .tree import count, flatten, nbytes
-from .weights import is_node, is_quantized, map_nodes
+from .weights import allocation, is_node, is_quantized, map_nodes
 
 SAMPLES = 5
 # What is compared where nobody says: the survey's three kinds, each with its best-known members.
 SELECTION = ("head", "bitfit", "fishmask", "lora", "dora", "adalora", "ia3", "adapter", "prompt", "prefix", "full")
 CHOICES = ("beams", "length_penalty", "no_repeat_ngram")  # of a decoding, what scores depend on
 ZERO_SHOT = "zero-shot"  # the row of the base as it is
+Open = Callable[[Path, dict, Sequence[dict]], Logger]  # a run's folder, configuration, records so far -> its logger
 
 
 class Entry(NamedTuple):
@@ -179,20 +182,22 @@ def run(
     evaluator: Evaluator | None = None,
     resume_hint: str = "run the same command again",
     report: Callable[[dict], None] = lambda record: None,
+    log: Sequence[Open] = (),
 ) -> dict[str, Any]:
     """Trains, scores and saves one method; returns the result, which is also `result.json` in the folder.
 
     The result's keys: `method`, `seed`, `task`, `scores` (on the evaluation split, of the best state),
     `trainable`, `share` (of base plus added), `peak_bytes` (of the compiled step), `step_seconds`, `training_flops`,
     `compilations`, `together` (runs in the program), `adapter_bytes`, `seconds` (training and scoring), `samples`,
-    `config`, `note`.
+    `config`, `note`; where the method chose what trains, `allocation` and `sizes` (`peftjax.weights.allocation`).
+    Its numbers go to `log.jsonl` in the folder, and to the loggers of `log` (`peftjax.loggers.openers`).
 
     Raises:
       ValueError: the folder holds a run of another configuration.
       NonFinite, Interrupted: from training; what was done is kept.
     """
     job = Job(problem, entry, settings, Path(folder))
-    (result,) = run_together([job], evaluator=evaluator, resume_hint=resume_hint, report=report)
+    (result,) = run_together([job], evaluator=evaluator, resume_hint=resume_hint, report=report, log=log)
     if isinstance(result, NonFinite):
         raise result
     return result
@@ -205,6 +210,7 @@ def run_together(
     evaluator: Evaluator | None = None,
     resume_hint: str = "run the same command again",
     report: Callable[[dict], None] = lambda record: None,
+    log: Sequence[Open] = (),
 ) -> list[dict[str, Any] | NonFinite]:
     """`run` for several jobs of one problem and one method, trained in one program; what is done already stays.
 
@@ -212,6 +218,7 @@ def run_together(
       jobs: they differ in seed, order of the data, learning rate or LoRA's rank; where they add what no program can
         hold together, they train one after another.
       lanes: as for `peftjax.loop.fit_together`.
+      log: what makes the loggers of each run (`peftjax.loggers.openers`).
 
     Returns:
       For each job its result, or why it has ended.
@@ -228,7 +235,7 @@ def run_together(
     waiting = [i for i in range(len(jobs)) if i not in results]
     if waiting and _shared(jobs, configs).is_dir():  # cut off when some results were there: the state is of all
         waiting = [*range(len(jobs))]
-    begun = {i: _begin(jobs[i]) for i in waiting}
+    begun = {i: _begin(jobs[i], configs[i], log) for i in waiting}
     groups = [waiting] if _go_together([run for _, run in begun.values()]) else [[i] for i in waiting]
     evaluator = evaluator or Evaluator(jobs[0].problem)
     for group in filter(None, groups):
@@ -273,7 +280,7 @@ def cut_off(jobs: Sequence[Job]) -> list[list[Job]]:
     return [*groups, *([job] for job in jobs if (job.folder / "state").is_dir())]
 
 
-def _begin(job: Job) -> tuple[Method, Run]:
+def _begin(job: Job, config: dict, log: Sequence[Open]) -> tuple[Method, Run]:
     """The method that has looked at the data, and the run with its first parameters."""
     problem, settings, model = job.problem, job.settings, job.problem.model
     alone = problem._replace(packed=None)  # what looks at examples wants one a row
@@ -284,7 +291,8 @@ def _begin(job: Job) -> tuple[Method, Run]:
     def epoch(number):
         return problem.epoch(number, settings.batch_size, settings.order)
 
-    return method, Run(params, settings, epoch, job.folder)
+    loggers = [functools.partial(make, job.folder, config) for make in log]
+    return method, Run(params, settings, epoch, job.folder, loggers)
 
 
 def _go_together(runs: Sequence[Run]) -> bool:
@@ -340,6 +348,9 @@ def _finish(job: Job, config: dict, method: Method, begun: Run, fitted: Fitted, 
         "note": job.entry.note,
         "config": config,
     }
+    if chosen := allocation(unstack_layers(fitted.params)):
+        result["allocation"] = {path: n for path, (n, _) in chosen.items()}
+        result["sizes"] = {path: size for path, (_, size) in chosen.items()}
     write_atomically(folder / "result.json", json.dumps(result, indent=1))
     shutil.rmtree(folder / "state", ignore_errors=True)
     return result

@@ -157,6 +157,13 @@ class Weight:
         """The node as an adapter file holds it, without what adds nothing; asked of one layer, outside of a trace."""
         return self
 
+    def allocated(self) -> int | None:
+        """How much of this array the method chose to train, in its own unit: entries, ranks; asked as `compact` is.
+
+        None where all arrays get the same, so that there was nothing to choose.
+        """
+        return None
+
 
 @node
 class Trained(Weight):
@@ -304,6 +311,23 @@ def _attend(w, x):
 def compact(params: Any) -> Any:
     """Every weight node as an adapter file holds it: AdaLoRA's without its dead ranks. Per-layer parameters only."""
     return map_nodes(lambda _, n: n.compact() if isinstance(n, Weight) else n, params)
+
+
+def allocation(params: Any) -> dict[str, tuple[int, int]]:
+    """What a method chose to train of each array, and the array's number of entries, by path; per-layer parameters.
+
+    Entries of FISH Mask and of Child-Tuning D, ranks that AdaLoRA left; empty for methods that choose nothing. A part
+    of a fused array is at `<path>/blocks/<name>`.
+    """
+    found = {}
+
+    def note(path, n):
+        if isinstance(n, Weight) and (chosen := n.allocated()) is not None:
+            found[path] = (chosen, math.prod(n.shape))
+        return n
+
+    map_nodes(note, params)
+    return found
 
 
 def merge(params: Any) -> Any:

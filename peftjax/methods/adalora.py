@@ -53,6 +53,10 @@ class AdaLoRA(Weight):
         alive = np.flatnonzero(np.asarray(self.lam))
         return dataclasses.replace(self, a=self.a[:, alive], lam=self.lam[alive], b=self.b[alive])
 
+    def allocated(self):
+        """The rank: the triplets whose singular value is not 0."""
+        return int(np.count_nonzero(self.lam))
+
 
 class Budget(NamedTuple):
     """The total rank by step, steps being counted from 1: equation 14 as the authors' code has it.

@@ -42,6 +42,10 @@ class Sparse(Weight):
         new = flat.set(self.values.astype(w.dtype), mode="drop", indices_are_sorted=True, unique_indices=True)
         return new.reshape(w.shape)
 
+    def allocated(self):
+        """The number of entries."""
+        return int((np.asarray(self.indices) < NOWHERE).sum())
+
     @staticmethod
     def align(nodes: list) -> list:
         """The layers' nodes, or plain arrays, as nodes of one k: the largest."""
