@@ -384,7 +384,8 @@ def _gone(studies: Sequence[Study], failed: Sequence[dict]) -> Blocks:
                 "table" if f["stage"] == "final" else f["stage"],
                 str(f["seed"]),
             ]
-            line += [summary.short(f.get("rate")), str(f.get("attempts") or "-"), str(f["error"])]
+            times = f"{f['factor']:g} times its default" if f.get("rate") is None and f.get("factor") else ""
+            line += [times or summary.short(f.get("rate")), str(f.get("attempts") or "-"), str(f["error"])]
             rows.append([Cell(text, value=text) for text in line])
         out += [f"{_count(len(failed), 'run')} failed.", Sheet(head, rows)]
     else:
@@ -432,9 +433,16 @@ def _lead(records: Records, studies: Sequence[Study], baseline: str | None) -> l
 
 
 def _device(d: dict) -> str:
-    cores = f", {_count(d['cores'], 'core')}" if d.get("cores") else ""
+    """One line of a device.
+
+    >>> _device({"kind": "cpu", "name": "cpu", "count": 1, "cores": 2})
+    'cpu, 2 cores'
+    >>> _device({"kind": "gpu", "name": "NVIDIA H200", "count": 4, "cores": 16})
+    '4 NVIDIA H200, 16 cores'
+    """
     count = d.get("count") or 1
-    return f"{count if count > 1 else ''} {d.get('name') or ''} ({d.get('kind') or 'device'}{cores})".strip()
+    cores = f", {_count(d['cores'], 'core')}" if d.get("cores") else ""
+    return f"{f'{count} ' if count > 1 else ''}{d.get('name') or d.get('kind') or 'device'}{cores}"
 
 
 def _reading(baseline: str | None) -> list[str]:

@@ -59,7 +59,8 @@ class Study(NamedTuple):
     Attributes:
       model: its name in the grid.
       headline: task -> metric, in order of appearance.
-      runs: method -> its runs; a method that was run otherwise too (an ablation of rates) is there once for each way.
+      runs: method -> its runs, by name; a method that was run otherwise too (an ablation of rates) is there once for
+        each way.
       failed: this model's.
       trials: this model's.
     """
@@ -270,7 +271,7 @@ def studies(records: Records) -> list[Study]:
 def _ways(runs: Sequence[dict], others: Sequence[dict]) -> dict[str, list[dict]]:
     """Method -> runs; where a method has several runs of one seed, those are told apart by what their settings are."""
     out: dict[str, list[dict]] = {}
-    for method in dict.fromkeys(r["method"] for r in [*runs, *others]):
+    for method in sorted({r["method"] for r in [*runs, *others]}, key=_natural):
         mine = [r for r in runs if r["method"] == method]
         alike: dict[tuple, list[dict]] = {}
         for r in mine:
@@ -288,6 +289,11 @@ def _differing(group: Sequence[dict]) -> set[str]:
     facts = [_facts(r) for r in group]
     names = {name for f in facts for name in f}
     return {name for name in names if len({json.dumps(f.get(name)) for f in facts}) > 1}
+
+
+def _natural(text: str) -> list[tuple[int, str]]:
+    """A key that sorts rank=2 before rank=16."""
+    return [(int(digits or -1), rest) for digits, rest in re.findall(r"(\d*)(\D*)", text)]
 
 
 NO_FACTS = ("rate", "learning_rate", "factor", "seed", "stage", "key", "source", "data")  # the rate is said once
@@ -363,13 +369,11 @@ def _row(study: Study, method: str) -> Row:
 
 def _edge(study: Study, runs: Sequence[dict], task: str, rate: float) -> str:
     """'lowest' or 'highest' where the rate is that of all tried: on this task, or on those searched for all tasks."""
-    method = runs[0]["method"]
-    tried = [
-        r
-        for r in study.trials + study.failed
-        if r["stage"] == "search" and r["method"] == method and r.get("rate") is not None
-    ]
-    rates = {r["rate"] for r in tried if r["task"] == task} or {r["rate"] for r in tried}
+    mine = [r for r in study.trials + study.failed if r["stage"] == "search" and r["method"] == runs[0]["method"]]
+    # a failed trial may say its rate as a multiple of the default only, as trials that went well do beside the rate
+    units = [r["rate"] / r["factor"] for r in mine if r.get("rate") and r.get("factor")]
+    tried = [(r["task"], r.get("rate") or units[0] * r["factor"]) for r in mine if r.get("rate") or units]
+    rates = {rate for t, rate in tried if t == task} or {rate for _, rate in tried}
     if len(rates) < 2:
         return ""
     return {min(rates): "lowest", max(rates): "highest"}.get(rate, "")
