@@ -103,12 +103,14 @@ def contents(records: Records, studies: Sequence[Study], baseline: str | None) -
     """The lead, and the sections: each model's scores, comparison, published tables, pictures; then what is missing."""
     sections: list[Section] = []
     names: set[str] = set()
+    shown: set[tuple[str, str]] = set()
     for study in studies:
         rows = summary.rows(study)
         sections.append(Section(study.model, 2, study.model, [scores(study, rows), *_listed(notes(study, rows))]))
         if baseline is not None:
             sections.append(_part(study, f"against {baseline}", _against(study, baseline)))
         for b in summary.beside(study, records.published):
+            shown.add((b.source, b.model))
             about = f"beside {b.model}" + (f" ({b.source})" if b.source else "")
             sections.append(_part(study, about, [published(b, study), _orders(b)]))
         drawn = figures.pictures(study, rows, names)
@@ -116,8 +118,13 @@ def contents(records: Records, studies: Sequence[Study], baseline: str | None) -
         for kind, heading in KINDS.items():
             if found := [p for p in drawn if p.kind == kind]:
                 sections.append(_part(study, heading, [*found]))
+    alone = [
+        f"Published, and none of its methods was run: {model}{f' ({source})' if source else ''}."
+        for source, model in dict.fromkeys((p.get("source") or "", p["model"]) for p in records.published)
+        if (source, model) not in shown
+    ]
     for heading, blocks in (
-        ("What failed and what is missing", _gone(studies, records.failed)),
+        ("What failed and what is missing", [*_gone(studies, records.failed), *_listed(alone)]),
         ("How to read this", [_reading(baseline)]),
     ):
         sections.append(Section(heading, 2, heading, blocks))

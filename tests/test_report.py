@@ -461,13 +461,15 @@ def test_what_the_report_says(reported):
 
 
 def test_the_command(tmp_path, call):
-    lines = [line(m, s, seed) for m in ("bitfit", "head") for s in ("cola",) for seed in (0, 1)]
+    lines = [line(m, "cola", seed) for m in ("bitfit", "head") for seed in (0, 1)] + [cell("full", 60.0)]
     folder = written(tmp_path / "sweep", lines)
     status, stdout, _ = call("report", folder, "--baseline", "head", "--out", tmp_path / "out", "--title", "Mine [x]")
     assert status == 0
     assert "Mine [x]: minilm" in stdout
     assert "bitfit" in stdout
-    assert "Too few pairs to tell from head: bitfit." in (tmp_path / "out/report.md").read_text()
+    text = (tmp_path / "out/report.md").read_text()
+    assert "Too few pairs to tell from head: bitfit." in text
+    assert "none of its methods was run: big (Some et al. 2021, table 2)." in text
     assert not (folder / "report.md").exists()
     status, _, stderr = call("report", folder, "--baseline", "full")
     assert status == 1
