@@ -578,6 +578,23 @@ class Memory:
 
 
 @dataclasses.dataclass
+class Report:
+    """Tables, comparisons and pictures of sweeps: report.md, report.html (one page, nothing else needed), figures/.
+
+    Attributes:
+      results: files of a sweep (results.jsonl), or folders that hold one.
+      baseline: the method that others are compared with; default: the grid's, or full.
+      out: folder; default: that of the first results.
+      title: of the report; default: the grid's.
+    """
+
+    results: tyro.conf.Positional[tuple[Path, ...]]
+    baseline: str | None = None
+    out: Path | None = None
+    title: str | None = None
+
+
+@dataclasses.dataclass
 class Methods:
     """Lists the methods: what trains, where, whether it merges, the paper."""
 
@@ -1039,6 +1056,17 @@ def memory(args: Memory) -> None:
             _say(line, style="dim")
 
 
+def report(args: Report) -> None:
+    from . import page
+
+    if not args.results:
+        raise ValueError("give at least one results.jsonl of `peftjax sweep`, or a folder that holds one")
+    tables, folder = page.report(args.results, args.baseline, args.out, args.title)
+    for table in tables:
+        console.print(table)
+    _say(f"written: {folder}/report.md, report.html, figures/", style="dim")
+
+
 def methods(args: Methods) -> None:
     from .methods import HEADER, lines
 
@@ -1137,11 +1165,12 @@ VERBS: dict[type, Callable] = {
     Generate: generate,
     Chat: chat,
     Memory: memory,
+    Report: report,
     Methods: methods,
     Models: models,
     Instruct: instruct,
 }
-LIGHT = (Score, Inspect, Memory, Methods, Models)  # verbs that compile nothing for the device that is here
+LIGHT = (Score, Inspect, Memory, Report, Methods, Models)  # verbs that compile nothing for the device that is here
 Command = (
     Annotated[Compare, tyro.conf.subcommand("compare")]
     | Annotated[Train, tyro.conf.subcommand("train")]
@@ -1160,6 +1189,7 @@ Command = (
     | Annotated[Generate, tyro.conf.subcommand("generate")]
     | Annotated[Chat, tyro.conf.subcommand("chat")]
     | Annotated[Memory, tyro.conf.subcommand("memory")]
+    | Annotated[Report, tyro.conf.subcommand("report")]
     | Annotated[Methods, tyro.conf.subcommand("methods")]
     | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Instruct, tyro.conf.subcommand("instruct")]

@@ -168,7 +168,8 @@ def test_what_is_given_back_can_be_taken(tmp_path):
 
 def dead_claim(folder: Path) -> None:
     """Another process takes 'a' and is killed."""
-    code = f"import os; from peftjax.claims import Claims; assert Claims({str(folder)!r}).take('a'); os.kill(os.getpid(), 9)"
+    take = f"from peftjax.claims import Claims; assert Claims({str(folder)!r}).take('a')"
+    code = f"import os; {take}; os.kill(os.getpid(), 9)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
 
 

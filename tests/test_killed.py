@@ -1,0 +1,59 @@
+"""A sweep that is killed, quickly; `experiments/killed_sweep.py` is the long way."""
+
+import json
+
+import pytest
+from conftest import experiment
+
+from peftjax import grid as grids
+from peftjax.grid import Search
+from peftjax.sweep import sweep
+
+killed = experiment("killed_sweep")
+BROKEN = "ia3(targets=['nothing'])"
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    """A search, two seeds in one program, and a method that cannot be built."""
+    settings = {"steps": 60, "batch_size": 8, "eval_every": 20, "save_every": 5}
+    methods, search = ("bitfit", BROKEN), Search(factors=(0.1, 0.3))
+    return killed.write(tmp_path_factory.mktemp("grid"), methods=methods, seeds=2, search=search, settings=settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(grid, tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    sweep(grids.read(grid), out)
+    return out
+
+
+def test_a_killed_sweep_ends_as_an_undisturbed_one(grid, undisturbed, tmp_path):
+    """One process, killed; two, of which one is killed and the other goes on."""
+    kills = killed.disturb(grid, tmp_path / "out", killed.How(kills=2, moments=(5.0, 9.0)))
+    assert [(k["others"], k["was_over"]) for k in kills] == [(0, False), (1, False)]
+    facts = killed.compare(tmp_path / "out", killed.lines(undisturbed))
+    assert (facts["runs"], facts["failed"]) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: [r[0], *r], "one record for each configuration"),
+        (lambda r: r[1:], "one record for each configuration"),
+        (lambda r: [r[0] | {"kind": "failed"}, *r[1:]], "equal kinds"),
+        (lambda r: [r[0] | {"scores": r[0]["scores"] | {"loss": 9.0}}, *r[1:]], "equal scores"),
+        (lambda r: [r[0] | {"trainable": 1}, *r[1:]], "equal trained parameters"),
+    ],
+)
+def test_what_is_wrong_is_found(change, said, undisturbed, tmp_path, monkeypatch):
+    monkeypatch.setattr(killed.shutil, "copytree", lambda *args, **how: tmp_path)
+    records = killed.lines(undisturbed)
+    (tmp_path / "runs").symlink_to(undisturbed / "runs")
+    (tmp_path / "claims").mkdir()
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert killed.compare(tmp_path, records)["equal_to_the_bit"] == 4
+    changed = change(sorted(records, key=lambda r: r["kind"], reverse=True))
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(r) + "\n" for r in changed))
+    with pytest.raises(ValueError, match=f"does not hold: .*{said}"):
+        killed.compare(tmp_path, records)
