@@ -232,7 +232,10 @@ def run_together(
     for i, (job, config) in enumerate(zip(jobs, configs, strict=True)):
         if (done := _claim(check_writable(job.folder), config)) is not None:
             results[i] = done
+            shutil.rmtree(job.folder / "state", ignore_errors=True)  # a kill may have come before it was removed
     waiting = [i for i in range(len(jobs)) if i not in results]
+    if not waiting:
+        shutil.rmtree(_shared(jobs, configs), ignore_errors=True)
     if waiting and _shared(jobs, configs).is_dir():  # cut off when some results were there: the state is of all
         waiting = [*range(len(jobs))]
     begun = {i: _begin(jobs[i], configs[i], log) for i in waiting}
@@ -244,6 +247,7 @@ def run_together(
         if len(group) > 1:
             folder = check_writable(_shared([jobs[i] for i in group], [configs[i] for i in group]))
             write_atomically(folder / RUNS, json.dumps([jobs[i].folder.name for i in group]))
+        _drop_other_states([jobs[i] for i in group], folder)
         found = fit_together(
             [begun[i][1] for i in group],
             method,
@@ -270,6 +274,17 @@ RUNS = "runs.json"  # in the folder of several runs' states: the names of their 
 
 def _shared(jobs: Sequence[Job], configs: Sequence[dict]) -> Path:
     return jobs[0].folder.parent / f"together-{short_hash({'runs': configs})}"
+
+
+def _drop_other_states(jobs: Sequence[Job], folder: Path) -> None:
+    """A run's log goes with one state: those that it has from programs of other runs are of no use any more."""
+    names = {job.folder.name for job in jobs}
+    for file in jobs[0].folder.parent.glob(f"together-*/{RUNS}"):
+        if file.parent != folder and names & {*_read_json(file)}:
+            shutil.rmtree(file.parent)
+    for job in jobs:
+        if job.folder != folder:
+            shutil.rmtree(job.folder / "state", ignore_errors=True)
 
 
 def cut_off(jobs: Sequence[Job]) -> list[list[Job]]:

@@ -225,9 +225,15 @@ def _groups(tasks: Iterable[Task]) -> list[list[Task]]:
 
 
 def _claim(groups: Iterable[list[Task]], claims: Claims, out: Path, again: Mapping[str, int]) -> list[Task]:
-    """The first group of which something is free, as far as it is."""
+    """The first group that nobody has begun to claim, as far as it is free.
+
+    Two processes that come at once do not share it out: whoever has its first run gets the others. A program of some of
+    them could not go on from the state of all.
+    """
     for group in groups:
-        mine = [task for task in group if claims.take(task.cell.key)]
+        if not claims.take(group[0].cell.key):
+            continue
+        mine = [group[0], *(task for task in group[1:] if claims.take(task.cell.key))]
         done = [t for t in mine if _over(_record(out, t.cell.key), again)]
         for task in done:  # recorded between the look and the claim
             claims.release(task.cell.key)
