@@ -52,7 +52,7 @@ LONG = Grid(
     title=f"{SOURCE}: 20 epochs",
 )
 SHORT = replace(LONG, settings={**LONG.settings, "epochs": 3}, title=f"{SOURCE}: 3 epochs")
-SMALL = glue_small("full", "adapter", "pfeiffer")
+SMALL = glue_small("full", "adapter")
 TABLE = Table(
     name="adapter_glue",
     paper="Houlsby et al. 2019, arXiv:1902.00751",

@@ -137,7 +137,7 @@ XXLARGE = Grid(
     title=f"{SOURCE}: DeBERTa XXL",
 )
 SMALL = glue_small(
-    *("full", "head", "bitfit", "fishmask", "lora(rank=8)", "dora(rank=8)", "adalora", "ia3", "adapter", "pfeiffer"),
+    *("full", "head", "bitfit", "fishmask", "lora(rank=8)", "dora(rank=8)", "adalora", "ia3", "adapter"),
     *("prompt", "prefix"),
 )
 TABLE = Table(
