@@ -260,8 +260,8 @@ def report(found: list[dict], facts: dict, how: How) -> str:
             "equal but for rounding).",
             f"Left over, and in nobody's way: {facts['left']}.",
             "",
-            "What each kill met: steps are those in the logs of the runs that had no record yet; folders of states count "
-            "a program's own and the one within it.",
+            "What each kill met: steps are those in the logs of the runs that had no record yet; folders of states "
+            "count a program's own and the one within it.",
             "",
             "| kill | lived, s | processes | records | runs begun | folders of states | claims |",
             "|--:|--:|--:|--:|---|--:|--:|",
