@@ -25,6 +25,7 @@ class Board:
 
     def __init__(self, grid: Grid, console: Console | None = None):
         self.console = console or Console(width=None if sys.stdout.isatty() else 120)
+        self.said = ""  # how far it was, last
         self.grid, self.now, self.body = grid, "", Table()
         live = {"console": self.console, "refresh_per_second": 2, "get_renderable": self._render}
         self.live = Live(**live) if self.console.is_terminal else None
@@ -50,8 +51,9 @@ class Board:
         said = f"{len(tasks) - len(left)} of {len(tasks)} runs are over" + (f", {failed} failed" if failed else "")
         seconds = time_left(records, [t.cell for t in left]) / max(workers, 1)
         self.body.caption = said + (f"; about {clock(seconds)} left" if seconds else "")
-        if self.live is None and left:
+        if self.live is None and left and said != self.said:  # not again while it waits for others
             self.say(self.body.caption)
+        self.said = said
 
     @contextlib.contextmanager
     def watch(self, cells: Sequence[Cell]) -> Iterator[Callable[[dict], None]]:

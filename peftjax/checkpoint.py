@@ -12,6 +12,7 @@ import functools
 import hashlib
 import json
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,7 +132,7 @@ def write_atomically(file: str | Path, data: bytes | str) -> int:
     file = Path(file)
     data = data.encode() if isinstance(data, str) else data
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    part = file.with_name(f".{file.name}.{uuid.uuid4().hex}.part")  # machines may share the folder, and numbers
     try:
         with part.open("wb") as f:
             f.write(data)

@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Collection
 from pathlib import Path
 
 
@@ -76,11 +77,14 @@ class Claims:
         """The keys that others have taken over, or whose files are gone."""
         return [key for key, number in [*self.held.items()] if self._newest(key) != number]
 
-    def others(self) -> int:
-        """How many keys are claimed by living processes other than this."""
-        keys = {f.name.rpartition(".")[0] for f in self._files("*")} - {*self.held}
-        newest = {key: self._newest(key) for key in keys}
-        return sum(n is not None and not self._dead(self._file(key, n)) for key, n in newest.items())
+    def others(self, keys: Collection[str]) -> int:
+        """How many living processes other than this hold some of the keys."""
+        newest: dict[str, int] = {}
+        for file in self._files("*"):
+            if (key := file.stem) in keys and key not in self.held:
+                newest[key] = max(newest.get(key, 0), int(file.suffix[1:]))
+        files = [self._file(key, n) for key, n in newest.items()]
+        return len({_holder(file) for file in files if not self._dead(file)} - {None})
 
     def _file(self, key: str, number: int) -> Path:
         return self.folder / f"{key}.{number}"
@@ -123,6 +127,15 @@ class Claims:
                     os.utime(self._file(key, number))
                 except OSError:  # given back, or the file system is away
                     continue
+
+
+def _holder(file: Path) -> tuple | None:
+    """Which process has made a claim; None if it is gone, or not written yet."""
+    try:
+        said = json.loads(file.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    return tuple(said.get(k) for k in ("host", "machine", "pid", "started"))
 
 
 def _identity() -> dict:

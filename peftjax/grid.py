@@ -12,7 +12,7 @@ import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,7 +22,6 @@ from .train import Settings
 
 SEARCH, FINAL = "search", "final"
 FIRST_TRIAL_SEED = 1000  # no seed of a table is one that a rate was chosen on
-BY_RUN = ("seed", "learning_rate")  # settings that the grid gives otherwise
 OPTIONS = ("eval_split", "train_limit", "eval_limit", "max_length", "max_buckets", "max_new_tokens", "decoding", "pack")
 OPTIONS += ("dtype", "param_dtype", "quantize", "fresh_head", "remat")
 
@@ -30,6 +29,8 @@ OPTIONS += ("dtype", "param_dtype", "quantize", "fresh_head", "remat")
 @dataclasses.dataclass(frozen=True)
 class Search:
     """A search for the learning rate before the seeds, with the same number of trials for each method.
+
+    Where the table is of the test split, the trials are scored on dev.
 
     Attributes:
       factors: the rates that are tried, as multiples of the method's default rate for the model.
@@ -264,13 +265,16 @@ def from_json(data: Mapping[str, Any]) -> Grid:
     """A grid of dicts and lists, as YAML or JSON give it."""
     data = dict(data)
     if isinstance(data.get("models"), list | str):
-        data["models"] = {Path(str(m)).name: str(m) for m in _listed(data["models"])}
+        names = [Path(str(m)).name for m in _listed(data["models"])]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"two models have the name {twice[0]!r}; write models as NAME: FOLDER, with other names")
+        data["models"] = dict(zip(names, map(str, _listed(data["models"])), strict=True))
     if isinstance(data.get("tasks"), list | str):
         data["tasks"] = dict.fromkeys(_listed(data["tasks"]))
     if data.get("search") is not None:
         data["search"] = _made(Search, data["search"], "search")
-    data["rules"] = tuple(_made(Rule, r, "rules") for r in data.get("rules") or ())
-    data["published"] = tuple(_made(Published, p, "published") for p in data.get("published") or ())
+    for name, cls in (("rules", Rule), ("published", Published)):
+        data[name] = tuple(_made(cls, x, name) for x in _listed(data.get(name) or ()))
     return _made(Grid, data, "the grid")
 
 
@@ -292,12 +296,26 @@ def _made(cls: type, data: Any, where: str) -> Any:
     needed = [k for k, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING]
     if missing := [k for k in needed if k not in data]:
         raise ValueError(f"{where} lacks {missing[0]!r}; it needs {', '.join(needed)}")
-    values = {}
+    values, kinds = {}, get_type_hints(cls)
     for name, value in data.items():
         if "tuple" in str(fields[name].type) and value is not None:
             value = tuple(_listed(value))
         values[name] = _numbers(name, value)
+        _check_kind(f"{name} of {where}", values[name], kinds[name])
     return cls(**values)
+
+
+KINDS = {int: "a whole number", float: "a number", str: "a text", Mapping: "names with values, as {a: 1}"}
+
+
+def _check_kind(what: str, value: Any, hint: Any) -> None:
+    """Whether a value is of a field's type, as far as JSON has it; what is in a mapping or a list is not looked at."""
+    kinds = [get_origin(k) or k for k in (get_args(hint) if type(None) in get_args(hint) else (hint,))]
+    known = [k for k in kinds if k in KINDS]
+    given = type(value) if type(value) in (int, float, str, bool) else Mapping if isinstance(value, Mapping) else None
+    there = {int, float} if float in known else {*known}
+    if known and given not in there and not (value is None and type(None) in kinds):
+        raise ValueError(f"{what} must be {' or '.join(KINDS[k] for k in known)}; got {value!r}")
 
 
 def digest(data: Any) -> str:
@@ -311,8 +329,9 @@ def _numbers(name: str, value: Any) -> Any:
         return {k: _numbers(name, tuple(_listed(v))) for k, v in value.items()}
     if name == "settings" and isinstance(value, Mapping):
         floating = ("learning_rate", "warmup", "weight_decay")
+        floating += ("clip",) if isinstance(value.get("clip"), str) else ()  # others stay as they are, for the keys
         return {k: _numbers(k, (v,))[0] if k in floating else v for k, v in value.items()}
-    if name not in ("factors", "rates", "learning_rate", "warmup", "weight_decay"):
+    if name not in ("factors", "rates", "learning_rate", "warmup", "weight_decay", "clip"):
         return value
     try:
         return tuple(float(v) for v in value)
@@ -376,7 +395,10 @@ def _tried(grid: Grid, model: str, task: str, method: str) -> Iterator[Cell]:
         rates = [(float(r), 1.0) for r in own[method]]
     for rate, factor in rates:
         for seed in range(grid.search.seeds):
-            yield _cell(grid, model, task, method, FIRST_TRIAL_SEED + seed, rate, factor)
+            cell = _cell(grid, model, task, method, FIRST_TRIAL_SEED + seed, rate, factor)
+            if (cell.options.get("eval_split") or get_task(task).reported) == "test":
+                cell = cell._replace(options=cell.options | {"eval_split": "dev"})
+            yield cell
 
 
 def _check(grid: Grid) -> None:
@@ -384,6 +406,10 @@ def _check(grid: Grid) -> None:
         raise ValueError("a grid needs models, tasks and methods; write at least one of each")
     if grid.seeds < 1:
         raise ValueError(f"seeds must be at least 1; got {grid.seeds}")
+    for what, named in (("models", grid.models), ("tasks", grid.tasks)):
+        for name, place in named.items():
+            if not isinstance(name, str) or (not isinstance(place, str) and (what == "models" or place is not None)):
+                raise ValueError(f"{what} map names to folders or hub names; got {name!r}: {place!r}")
     for task in grid.tasks:
         get_task(task)
     for text in grid.methods:
@@ -392,6 +418,8 @@ def _check(grid: Grid) -> None:
     for rank in grid.ranks:
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"ranks must be whole numbers of at least 1; got {rank!r}")
+    for rate in grid.rates:
+        Settings(learning_rate=rate)
     names = methods_of(grid)
     if grid.ranks and all(with_rank(text, 1) is None for text in grid.methods):
         raise ValueError(f"ranks are given, and none of the methods {', '.join(grid.methods)} has a rank")
@@ -403,6 +431,12 @@ def _check(grid: Grid) -> None:
                 raise ValueError(f"a rule is for {unknown[0]!r}, which is none of the {what} {', '.join(there)}")
         if rule.methods and not _named(grid, rule) & {*names}:
             raise ValueError(f"a rule is for {', '.join(rule.methods)}; the methods are {', '.join(names)}")
+    for where in _triples(grid):
+        settings, _ = _ruled(grid, *where)
+        try:
+            Settings(**settings)
+        except ValueError as e:
+            raise ValueError(f"the settings of {', '.join(where)} cannot be: {e}") from e
     if grid.search is not None:
         _check_search(grid, grid.search, names)
     if grid.baseline is not None and next(iter(parse(grid.baseline))) not in names:
@@ -417,7 +451,9 @@ def _check_overrides(grid: Grid, who: str, settings: Mapping, options: Mapping) 
             raise ValueError(f"{who} has {what} {unknown[0]!r}{hint}; there are {', '.join(there)}")
     if "seed" in settings:
         raise ValueError(f"{who} sets the seed; write seeds, their number, in the grid")
-    Settings(**settings)
+    kinds = get_type_hints(Settings)
+    for name, value in settings.items():
+        _check_kind(name, value, kinds[name])
 
 
 def _check_search(grid: Grid, search: Search, names: Sequence[str]) -> None:
@@ -425,6 +461,9 @@ def _check_search(grid: Grid, search: Search, names: Sequence[str]) -> None:
         raise ValueError("a grid has either rates, all of which are run, or a search for one of them")
     if search.seeds < 1 or not search.factors:
         raise ValueError(f"a search needs factors and at least one seed; got {search}")
+    for rate in (*search.factors, *(r for rates in search.rates.values() for r in rates)):
+        if not 0 < rate < float("inf"):
+            raise ValueError(f"the factors and rates of a search must be numbers above 0; got {rate}")
     if unknown := [t for t in search.tasks if t not in grid.tasks]:
         raise ValueError(f"the search is on {unknown[0]!r}, which is none of the tasks {', '.join(grid.tasks)}")
     for text, rates in search.rates.items():

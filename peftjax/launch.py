@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from .checkpoint import write_atomically
+from .grid import read
+from .sweep import check_shards
 
 REQUEUED = 1000  # times that a job may reach its time limit
 MINUTES = 24 * 60  # of a job, unless it is said
@@ -105,10 +107,11 @@ def launch(
       submitit's jobs, and the folder with their logs (`JOB_0_log.out` and `.err`).
 
     Raises:
-      ValueError: as `executor`, or jobs below 1.
+      ValueError: as `executor`; jobs below 1, or more than the grid has shards.
     """
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1; got {jobs}")
+    check_shards(read(grid), jobs)
     folder = Path(out).resolve() / "launch"
     made = executor(cluster, folder, parameters or {})
     text = Path(grid).read_text()

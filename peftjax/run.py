@@ -8,9 +8,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 import shutil
 import time
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -114,7 +114,7 @@ def check_writable(folder: str | Path) -> Path:
     folder = Path(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-test-{os.getpid()}"
+        probe = folder / f".write-test-{uuid.uuid4().hex}"
         probe.write_text("")
         probe.unlink()
     except OSError as e:
@@ -280,18 +280,26 @@ def _drop_other_states(jobs: Sequence[Job], folder: Path) -> None:
     """A run's log goes with one state: those that it has from programs of other runs are of no use any more."""
     names = {job.folder.name for job in jobs}
     for file in jobs[0].folder.parent.glob(f"together-*/{RUNS}"):
-        if file.parent != folder and names & {*_read_json(file)}:
-            shutil.rmtree(file.parent)
+        if file.parent != folder and names & {*_names_in(file)}:
+            shutil.rmtree(file.parent, ignore_errors=True)
     for job in jobs:
         if job.folder != folder:
             shutil.rmtree(job.folder / "state", ignore_errors=True)
 
 
+def _names_in(file: Path) -> list[str]:
+    """The runs of a program; none if it is over by now: other processes may share the folder."""
+    try:
+        return _read_json(file)
+    except FileNotFoundError:
+        return []
+
+
 def cut_off(jobs: Sequence[Job]) -> list[list[Job]]:
     """What trained, in one program or alone, when it was cut off: so it resumes. Some may have a result."""
     of = {job.folder.name: job for job in jobs}
-    named = [_read_json(file) for file in sorted(jobs[0].folder.parent.glob(f"together-*/{RUNS}"))]
-    groups = [[of[name] for name in names] for names in named if of.keys() >= {*names}]
+    named = [_names_in(file) for file in sorted(jobs[0].folder.parent.glob(f"together-*/{RUNS}"))]
+    groups = [[of[name] for name in names] for names in named if names and of.keys() >= {*names}]
     return [*groups, *([job] for job in jobs if (job.folder / "state").is_dir())]
 
 

@@ -78,12 +78,17 @@ def sweep(
       board: shows how it goes.
 
     Raises:
-      ValueError: a shard that cannot be, or a folder that cannot be written.
+      ValueError: a shard, a time or lanes that cannot be, or a folder that cannot be written.
       Interrupted: on Ctrl-C, after saving the state; the same call goes on.
     """
     i, n = shard
     if not 1 <= i <= n:
         raise ValueError(f"a shard is i/n with i from 1 to n; got {i}/{n}")
+    check_shards(grid, n)
+    if not stale > 0:
+        raise ValueError(f"stale must be seconds above 0; got {stale}")
+    if lanes is not None and lanes < 1:
+        raise ValueError(f"lanes must be at least 1; got {lanes}")
     out = check_writable(out)
     _keep_grid(grid, out)
     board = board or Board(grid)
@@ -93,7 +98,7 @@ def sweep(
             records = {k: r for k, r in _records(out).items() if _over(r, again)}
             tasks = [t for t in _tasks(grid, records) if t.place in _share_of(grid, i, n)]
             waiting = [t for t in tasks if t.cell.key not in records]
-            board.show(grid, records, tasks, claims.others() + 1)
+            board.show(grid, records, tasks, claims.others({t.cell.key for t in waiting}) + 1)
             if not waiting:
                 break
             group = _claim(_groups(waiting), claims, out, again)
@@ -159,17 +164,27 @@ def goodness(record: Mapping[str, Any]) -> float:
 
 
 def gather(out: str | Path) -> list[dict]:
-    """Writes `results.jsonl` from the records in the folder and returns its lines."""
+    """Writes `results.jsonl` from the records in the folder and returns its lines.
+
+    Looks again after it has written: what another process has recorded and gathered meanwhile stays in.
+    """
     out = Path(out)
+    lines = _lines(out)
+    while True:
+        write_atomically(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+        there, lines = lines, _lines(out)
+        if json.dumps(there) == json.dumps(lines):  # not ==, as some numbers may be none
+            return lines
+
+
+def _lines(out: Path) -> list[dict]:
     lines: list[dict] = []
     for file in sorted((out / "grids").glob("*.json")):
         data = json.loads(file.read_text())
         lines.append({"kind": "grid", "baseline": data["baseline"], "title": data["title"]})
         lines += [line for p in data["published"] if (line := {"kind": "published", **p}) not in lines]
     order = ("stage", "model", "task", "method", "rate", "seed")
-    lines += sorted(_records(out).values(), key=lambda r: tuple(str(r[k]) for k in order))
-    write_atomically(out / "results.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return lines
+    return lines + sorted(_records(out).values(), key=lambda r: tuple(str(r[k]) for k in order))
 
 
 def _keep_grid(grid: Grid, out: Path) -> None:
@@ -207,9 +222,25 @@ def _chosen(records: Mapping[str, dict]) -> grids.Chosen:
     return chosen
 
 
+def _places(grid: Grid) -> list[tuple[str, str]]:
+    return [(model, method) for model in grid.models for method in grids.methods_of(grid)]
+
+
 def _share_of(grid: Grid, i: int, n: int) -> set[tuple[str, str]]:
-    places = [(model, method) for model in grid.models for method in grids.methods_of(grid)]
-    return {*places[i - 1 :: n]}
+    return {*_places(grid)[i - 1 :: n]}
+
+
+def check_shards(grid: Grid, n: int) -> None:
+    """Whether n parts of a grid all have something to do.
+
+    Raises:
+      ValueError: there are fewer pairs of a model and a method, which is what is dealt out.
+    """
+    if n > (most := len(_places(grid))):
+        raise ValueError(
+            f"{n} shards are more than this grid can fill: each takes whole pairs of a model and a method, and there "
+            f"are {most}; write at most {most}"
+        )
 
 
 def _groups(tasks: Iterable[Task]) -> list[list[Task]]:

@@ -84,6 +84,20 @@ def test_rules_change_what_they_name_and_the_last_wins():
     assert {m for _, _, m in trials(grid)} == {"full", "lora(rank=1)+bitfit", "lora(rank=2)+bitfit"}
 
 
+def test_rules_are_judged_with_what_they_add_to():
+    """Alone, an update in the backward pass would meet the clipping that is the default."""
+    grid = from_json(GRID | {"settings": {"clip": None}, "rules": [{"settings": {"update": "backward"}}]})
+    assert cells(grid)[0].settings == {"clip": None, "update": "backward", "seed": 0}
+    assert from_json(GRID | {"settings": {"clip": "1e-1"}}).settings["clip"] == 0.1  # as YAML reads it
+
+
+@pytest.mark.parametrize("change", [{"options": {"eval_split": "test"}}, {"tasks": {"places": None}}])
+def test_no_rate_is_chosen_on_the_test_split(change):
+    grid = from_json(GRID | {"search": {"factors": [1]}} | change)
+    assert {c.options["eval_split"] for s in trials(grid).values() for c in s.cells} == {"dev"}
+    assert {c.options.get("eval_split", "test") for c in cells(grid)} == {"test"}
+
+
 def test_rates_of_an_ablation_are_all_run():
     grid = from_json(GRID | {"search": None, "rates": ["1e-3", 0.01]})
     assert [c.rate for c in cells(grid)[:6]] == [1e-3] * 3 + [1e-2] * 3
@@ -128,8 +142,22 @@ def test_yaml_is_read(tmp_path):
         ({"search": {"factors": ["many"]}}, "must be numbers; got"),
         ({"rates": [1e-3]}, "either rates"),
         ({"baseline": "ia3"}, "the baseline 'ia3' is none"),
-        ({"models": None}, "needs models"),
+        ({"models": None}, "models of the grid must be names with values"),
         ({"method": ["full"]}, "did you mean 'methods'"),
+        ({"seeds": "3"}, "seeds of the grid must be a whole number; got '3'"),
+        ({"settings": {"epochs": 2.5}}, "epochs must be a whole number; got 2.5"),
+        ({"settings": {"epochs": "2"}}, "epochs must be a whole number; got '2'"),
+        ({"options": None}, "options of the grid must be names with values"),
+        ({"rules": 3}, "rules must map"),
+        ({"tasks": ["cola", 3]}, "tasks map names to folders or hub names; got 3"),
+        ({"models": ["a/x", "b/x"]}, "two models have the name 'x'"),
+        ({"search": None, "rates": [-1]}, "learning_rate must be a number above 0; got -1"),
+        ({"search": {"factors": [0]}}, "must be numbers above 0; got 0.0"),
+        ({"search": {"rates": [5]}}, "rates of search must be names with values"),
+        (
+            {"settings": {"batch_size": 8}, "rules": [{"tasks": ["stsb"], "settings": {"accumulate": 16}}]},
+            "the settings of m, stsb, full cannot be: batch_size 8 does not divide",
+        ),
     ],
 )
 def test_what_cannot_be_is_said(change, said):
@@ -160,7 +188,9 @@ def test_what_is_given_back_can_be_taken(tmp_path):
     ours, theirs = Claims(tmp_path), Claims(tmp_path)
     assert ours.take("a")
     assert not theirs.take("a")
-    assert theirs.others() == 1
+    assert ours.take("b")
+    assert theirs.others({"a", "b", "c"}) == 1  # one process
+    assert theirs.others({"c"}) == ours.others({"a", "b"}) == 0
     ours.release("a")
     assert theirs.take("a")
     assert not [*tmp_path.glob("a.1")]
@@ -304,8 +334,41 @@ def test_shards_make_all_runs_once(at, tmp_path):
     parts = [{r["key"] for r in sweep(grid, tmp_path / str(i), shard=(i, 2))} for i in (1, 2)]
     assert [len(p) for p in parts] == [2, 1]
     assert {*parts[0]} | {*parts[1]} == {c.key for c in cells(grid)}
-    with pytest.raises(ValueError, match="from 1 to n; got 3/2"):
-        sweep(grid, tmp_path, shard=(3, 2))
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"shard": (3, 2)}, "from 1 to n; got 3/2"),
+        ({"shard": (3, 3)}, "3 shards are more than this grid can fill.*write at most 2"),
+        ({"stale": 0}, "stale must be seconds above 0; got 0"),
+        ({"lanes": 0}, "lanes must be at least 1; got 0"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_recorded(how, said, at, tmp_path):
+    with pytest.raises(ValueError, match=said):
+        sweep(small(at), tmp_path / "out", **how)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_recorded_while_the_results_are_written_is_in_them(tmp_path, monkeypatch):
+    """Another process records its last run and gathers, between this one's look and its writing."""
+    write = sweeps.write_atomically
+
+    def record(key):
+        facts = dict.fromkeys(("stage", "model", "task", "method", "rate", "seed"), "")
+        sweeps._keep(tmp_path, {"kind": "run", "key": key, **facts})
+
+    def late(file, text):
+        monkeypatch.setattr(sweeps, "write_atomically", write)
+        record("theirs")
+        gather(tmp_path)
+        write(file, text)
+
+    record("ours")
+    monkeypatch.setattr(sweeps, "write_atomically", late)
+    assert sorted(line["key"] for line in gather(tmp_path)) == ["ours", "theirs"]
+    assert sorted(line["key"] for line in records(tmp_path)) == ["ours", "theirs"]
 
 
 def test_what_another_process_makes_is_waited_for(at, tmp_path, monkeypatch):
