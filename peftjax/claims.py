@@ -11,6 +11,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Collection
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class Claims:
         self.folder, self.stale = Path(folder), stale
         self.folder.mkdir(parents=True, exist_ok=True)
         self.held: dict[str, int] = {}
+        self._own = uuid.uuid4().hex  # in every claim, as numbers begin anew where all have been given back
         self._stop = threading.Event()
         self._touching = threading.Thread(target=self._touch, daemon=True)
         self._probe = self.folder / f"clock-{socket.gethostname()}-{os.getpid()}-{id(self)}"
@@ -62,20 +64,24 @@ class Claims:
         except FileExistsError:
             return False
         with os.fdopen(handle, "w") as f:
-            f.write(json.dumps(_identity()))
+            f.write(json.dumps(_identity() | {"by": self._own}))
         self.held[key] = number
         return True
 
     def release(self, key: str) -> None:
-        """Gives the key back, and clears away what dead processes left of it."""
-        number = self.held.pop(key)
+        """Gives the key back, and clears away what dead processes left of it; what others have now stays."""
+        number = self.held[key]
+        ours = self._is_ours(key)
+        del self.held[key]
+        if not ours:
+            return
         for file in sorted(self._files(key), key=lambda f: int(f.suffix[1:])):
             if int(file.suffix[1:]) <= number:
                 file.unlink(missing_ok=True)
 
     def lost(self) -> list[str]:
         """The keys that others have taken over, or whose files are gone."""
-        return [key for key, number in [*self.held.items()] if self._newest(key) != number]
+        return [key for key, n in [*self.held.items()] if self._newest(key) != n or not self._is_ours(key)]
 
     def others(self, keys: Collection[str]) -> int:
         """How many living processes other than this hold some of the keys."""
@@ -84,7 +90,10 @@ class Claims:
             if (key := file.stem) in keys and key not in self.held:
                 newest[key] = max(newest.get(key, 0), int(file.suffix[1:]))
         files = [self._file(key, n) for key, n in newest.items()]
-        return len({_holder(file) for file in files if not self._dead(file)} - {None})
+        return len({_said(file).get("by") for file in files if not self._dead(file)} - {None})
+
+    def _is_ours(self, key: str) -> bool:
+        return _said(self._file(key, self.held[key])).get("by") == self._own
 
     def _file(self, key: str, number: int) -> Path:
         return self.folder / f"{key}.{number}"
@@ -97,13 +106,9 @@ class Claims:
 
     def _dead(self, file: Path) -> bool:
         try:
-            text, touched = file.read_text(), file.stat().st_mtime
+            holder, touched = _said(file), file.stat().st_mtime
         except FileNotFoundError:
             return False  # given back just now: look again later
-        try:
-            holder = json.loads(text)
-        except json.JSONDecodeError:  # made, and not yet written
-            holder = {}
         here = _identity()
         if (
             here["machine"]
@@ -129,13 +134,12 @@ class Claims:
                     continue
 
 
-def _holder(file: Path) -> tuple | None:
-    """Which process has made a claim; None if it is gone, or not written yet."""
+def _said(file: Path) -> dict:
+    """What is in a claim; nothing if it is gone, or made and not yet written."""
     try:
-        said = json.loads(file.read_text())
+        return json.loads(file.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
-        return None
-    return tuple(said.get(k) for k in ("host", "machine", "pid", "started"))
+        return {}
 
 
 def _identity() -> dict:

@@ -112,6 +112,7 @@ def sweep(
             finally:
                 for task in group:
                     claims.release(task.cell.key)
+                gather(out)
     gather(out)
     found = _records(out)
     return [found[t.cell.key] for t in _tasks(grid, found) if t.cell.key in found]
@@ -307,6 +308,7 @@ def _make(
             for task, job, result in zip(these, part, ended, strict=True):
                 if isinstance(result, NonFinite):
                     _fail(task, out, result, again)
+                    board.say(f"{_said(task.cell)} failed: {_sentence(result)}")
                 else:
                     _keep(out, _run_record(task, job, result, evaluator))
                     board.say(f"{_said(task.cell)}: " + ", ".join(f"{k} {v:.4g}" for k, v in result["scores"].items()))

@@ -1,13 +1,15 @@
 """A sweep that is killed, quickly; `experiments/killed_sweep.py` is the long way."""
 
 import json
+import shutil
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
 from conftest import experiment
 
-from peftjax import grid as grids
+from peftjax import grid as grids, run as runs
 from peftjax.claims import Claims
 from peftjax.grid import Search
 from peftjax.problem import Evaluator
@@ -74,6 +76,22 @@ def test_a_group_that_another_process_is_claiming_is_left_to_it(tmp_path):
         got = _claim(groups, ours, tmp_path, {})  # pyright: ignore[reportArgumentType] - all that it looks at
         assert [task.cell.key for task in got] == ["d"]
         assert [*ours.held] == ["d"]
+
+
+def test_a_program_of_another_process_may_end_meanwhile(tmp_path, monkeypatch):
+    """Its folder goes between the look and the reading."""
+    file, read = tmp_path / "together-1/runs.json", runs._read_json
+    file.parent.mkdir()
+    file.write_text(json.dumps(["theirs"]))
+
+    def late(file):
+        shutil.rmtree(file.parent, ignore_errors=True)
+        return read(file)
+
+    monkeypatch.setattr(runs, "_read_json", late)
+    job: Any = SimpleNamespace(folder=tmp_path / "ours")
+    runs._drop_other_states([job], job.folder)
+    assert runs.cut_off([job]) == []
 
 
 @pytest.mark.parametrize(

@@ -252,6 +252,21 @@ def test_who_slept_too_long_finds_out(tmp_path):
     assert theirs.lost() == []
 
 
+def test_who_slept_while_others_came_and_went_does_not_take_what_is_theirs(tmp_path):
+    """Numbers begin anew when all is given back: a file of the same name is another claim."""
+    ours, theirs, third = Claims(tmp_path), Claims(tmp_path, stale=1), Claims(tmp_path)
+    ours.take("a")
+    claim = json.loads((tmp_path / "a.0").read_text())
+    (tmp_path / "a.0").write_text(json.dumps(claim | {"machine": "another boot"}))
+    os.utime(tmp_path / "a.0", (1, 1))
+    assert theirs.take("a")
+    theirs.release("a")
+    assert third.take("a")
+    assert ours.lost() == ["a"]
+    ours.release("a")
+    assert third.lost() == []
+
+
 # Sweeps
 
 
@@ -321,6 +336,20 @@ def test_a_failure_is_recorded_and_the_rest_goes_on(at, tmp_path):
 def test_one_of_a_program_that_cannot_be_leaves_the_others_alone(at, tmp_path):
     grid = small(at, methods=("lora(rank=2)", "lora(rank=999)"))  # one kind, so one program
     assert [r["kind"] for r in sweep(grid, tmp_path)] == ["run", "failed"]
+
+
+def test_what_is_done_can_be_read_before_the_end(at, tmp_path, monkeypatch):
+    make, made = sweeps._make, []
+
+    def once(*arguments):
+        if made:
+            raise sweeps.Interrupted("Ctrl-C")
+        made.append(make(*arguments))
+
+    monkeypatch.setattr(sweeps, "_make", once)
+    with pytest.raises(sweeps.Interrupted):
+        sweep(small(at), tmp_path)
+    assert [r["method"] for r in records(tmp_path) if r["kind"] == "run"] == ["head"]
 
 
 def test_a_search_that_fails_altogether_does_not_stop_the_rest(at, tmp_path):
