@@ -214,11 +214,16 @@ def _tasks(grid: Grid, records: Mapping[str, dict]) -> list[Task]:
 
 
 def _chosen(records: Mapping[str, dict]) -> grids.Chosen:
+    """What the searches have found; of one whose trials have all failed nothing, so that its table is not made.
+
+    A rate that nobody chose would stand there as if it were the best, where the trials failed for another reason.
+    """
+
     def chosen(search: Trials) -> tuple[float | None, float] | None:
         try:
             return winner(search, records)
-        except LookupError:  # the first of them: what fails there is recorded as the trials are
-            return search.cells[0].rate, search.cells[0].factor
+        except LookupError:
+            return None
 
     return chosen
 

@@ -41,7 +41,7 @@ def test_a_killed_sweep_ends_as_an_undisturbed_one(grid, undisturbed, tmp_path):
     kills = killed.disturb(grid, tmp_path / "out", killed.How(kills=2, moments=(5.0, 9.0)))
     assert [(k["others"], k["was_over"]) for k in kills] == [(0, False), (1, False)]
     facts = killed.compare(tmp_path / "out", undisturbed)
-    assert (facts["runs"], facts["failed"]) == (4, 4)
+    assert (facts["runs"], facts["failed"]) == (4, 2)
 
 
 def test_a_run_that_was_cut_off_in_two_programs_has_a_whole_log(tmp_path):

@@ -352,10 +352,22 @@ def test_what_is_done_can_be_read_before_the_end(at, tmp_path, monkeypatch):
     assert [r["method"] for r in records(tmp_path) if r["kind"] == "run"] == ["head"]
 
 
-def test_a_search_that_fails_altogether_does_not_stop_the_rest(at, tmp_path):
-    grid = small(at, methods=("lora(rank=999)", "head"), search=Search(factors=(1.0, 2.0)))
+def test_a_search_that_fails_altogether_has_no_table_and_does_not_stop_the_rest(at, tmp_path, monkeypatch):
+    grid = small(at, methods=("lora(rank=2)", "head"), search=Search(factors=(1.0, 2.0)))
+    set_up = sweeps.set_up
+
+    def away(model, task, data, methods, *rest, **how):  # the disk, the hub: what is there again later
+        if "lora" in methods:
+            raise OSError("not there just now")
+        return set_up(model, task, data, methods, *rest, **how)
+
+    monkeypatch.setattr(sweeps, "set_up", away)
     found = sweep(grid, tmp_path)
-    assert sorted((r["method"], r["kind"]) for r in found) == [("head", "run")] * 3 + [("lora(rank=999)", "failed")] * 3
+    assert sorted((r["method"], r["kind"]) for r in found) == [("head", "run")] * 3 + [("lora(rank=2)", "failed")] * 2
+    monkeypatch.undo()
+    assert len(sweep(grid, tmp_path)) == 5  # no rate that was not searched for, also when it could be made by now
+    lines = [r for r in sweep(grid, tmp_path, retry=True) if r["method"] == "lora(rank=2)"]
+    assert [(r["stage"], r["kind"]) for r in lines] == [("search", "run")] * 2 + [("final", "run")]
 
 
 def test_shards_make_all_runs_once(at, tmp_path):
