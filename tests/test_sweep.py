@@ -388,6 +388,7 @@ def test_the_board_shows_what_is_over_and_what_is_left():
     with board, board.watch([t.cell for t in tasks[:2]]) as note:
         board.show(grid, found, tasks, 2)
         note({"step": 3, "total": 20, "loss": 0.5, "time_left": 40.0, "tokens": 1})
+        board.live.refresh()  # as it does by itself, twice a second
         board.say("as it is: [x]")
     said = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue())
     lines = [line.split() for line in said.splitlines()]
