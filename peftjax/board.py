@@ -19,14 +19,12 @@ class Board:
     """Shows a sweep on a terminal, live; elsewhere, a line for each run that is over.
 
     Args:
-      grid: whose runs are shown.
-      console: where.
+      console: where; default: standard output.
     """
 
-    def __init__(self, grid: Grid, console: Console | None = None):
+    def __init__(self, console: Console | None = None):
         self.console = console or Console(width=None if sys.stdout.isatty() else 120)
-        self.said = ""  # how far it was, last
-        self.grid, self.now, self.body = grid, "", Table()
+        self.now, self.far, self.body = "", "", Table()
         live = {"console": self.console, "refresh_per_second": 2, "get_renderable": self._render}
         self.live = Live(**live) if self.console.is_terminal else None
 
@@ -50,10 +48,9 @@ class Board:
         failed = sum(r["kind"] == "failed" for t in tasks if (r := records.get(t.cell.key)))
         said = f"{len(tasks) - len(left)} of {len(tasks)} runs are over" + (f", {failed} failed" if failed else "")
         seconds = time_left(records, [t.cell for t in left]) / max(workers, 1)
-        self.body.caption = said + (f"; about {clock(seconds)} left" if seconds else "")
-        if self.live is None and left and said != self.said:  # not again while it waits for others
-            self.say(self.body.caption)
-        self.said = said
+        before, self.far = self.far, said + (f"; about {clock(seconds)} left" if seconds else "")
+        if self.live is None and left and self.far != before:  # not again while it waits for others
+            self.say(self.far)
 
     @contextlib.contextmanager
     def watch(self, cells: Sequence[Cell]) -> Iterator[Callable[[dict], None]]:
@@ -73,7 +70,7 @@ class Board:
         self.now = ""
 
     def _render(self) -> Group:
-        return Group(self.body, Text(self.now, overflow="ellipsis", no_wrap=True))
+        return Group(self.body, *(Text(line, overflow="ellipsis", no_wrap=True) for line in (self.far, self.now)))
 
 
 def table(grid: Grid, records: Mapping[str, dict], tasks: Sequence) -> Table:

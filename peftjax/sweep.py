@@ -91,7 +91,7 @@ def sweep(
         raise ValueError(f"lanes must be at least 1; got {lanes}")
     out = check_writable(out)
     _keep_grid(grid, out)
-    board = board or Board(grid)
+    board = board or Board()
     again = {r["key"]: r["attempts"] for r in _records(out).values() if retry and r["kind"] == "failed"}
     with Claims(out / "claims", stale) as claims, board:
         while True:

@@ -1,7 +1,9 @@
 """Grids, claims and sweeps: which runs there are, who makes them, and what is left when something goes wrong."""
 
+import io
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -10,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import tiny
+from rich.console import Console
 
 from peftjax import grid as grids, sweep as sweeps
+from peftjax.board import Board
 from peftjax.claims import Claims
 from peftjax.grid import Grid, Rule, Search, from_json, methods_of, number_of_runs, read, to_json, trials
 from peftjax.sweep import gather, sweep, winner
@@ -476,3 +480,25 @@ def test_the_verb(at, tmp_path, call):
     status, _, err = call("sweep", file, "--shard", "0/2")
     assert status == 1
     assert "write i/n" in err
+
+
+def test_the_board_shows_what_is_over_and_what_is_left():
+    grid = from_json(GRID | {"ranks": [], "methods": ["full", "lora"], "search": None, "seeds": 2})
+    tasks = [sweeps.Task(cell, "final", (cell.model, cell.method)) for cell in cells(grid)]
+    done = {"kind": "run", "model": "m", "task": "cola", "method": "full", "seconds": 30.0}
+    found = {tasks[0].cell.key: done, tasks[2].cell.key: {"kind": "failed"}}
+    out = io.StringIO()
+    board = Board(Console(file=out, force_terminal=True, width=100))
+    with board, board.watch([t.cell for t in tasks[:2]]) as note:
+        board.show(grid, found, tasks, 2)
+        note({"step": 3, "total": 20, "loss": 0.5, "time_left": 40.0, "tokens": 1})
+        board.live.refresh()  # as it does by itself, twice a second
+        board.say("as it is: [x]")
+    said = re.sub(r"\x1b\[[\d;?]*[a-zA-Z]", "", out.getvalue())
+    lines = [line.split() for line in said.splitlines()]
+    rows = {row[0]: row[1:] for row in lines if row and row[0] in ("full", "lora")}
+    assert rows == {"full": ["1/2", "0/2"], "lora": ["1/2", "0/2"]}
+    assert "2 of 8 runs are over, 1 failed; about 1:30 left" in said  # six of 30 s, by two
+    assert "m, cola, full, 2 runs: step 3 of 20, loss 0.500" in said
+    assert "as it is: [x]" in said
+    assert "\x1b[31m" in out.getvalue()  # what failed is red
