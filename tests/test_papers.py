@@ -157,5 +157,16 @@ def test_a_row_that_does_not_fit(text):
         paper.rows(text)
 
 
+def test_a_column_that_does_not_fit():
+    with pytest.raises(ValueError, match="epochs has 3 values; write one, or one for each of cola, rte"):
+        paper.by_task("cola rte", epochs="1 2 3")
+
+
+def test_metrics_of_glue_s_server():
+    """F1 and Spearman where it is the test set that was scored."""
+    found = {p.task: p.metric for p in SCRIPTS["adapter_glue"].LONG.published}
+    assert (found["mrpc"], found["qqp"], found["stsb"], found["cola"]) == ("f1", "f1", "spearman", "matthews")
+
+
 def test_doctests():
     assert doctest.testmod(paper).failed == 0

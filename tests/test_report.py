@@ -275,6 +275,57 @@ def test_runs_that_differ_in_a_setting_are_rows_of_their_own(tmp_path):
     assert summary.repeated(found) == [("lora(rank=8)", "cola", 0)]
 
 
+def searched_and_default():
+    """Runs with a searched rate of two tasks, and of one of them also at the default rate, by other ranks too."""
+    found = [
+        line(m, t, s, 60.0 + s, rate=3e-3) for m in ("full", "lora(rank=8)") for t in ("cola", "rte") for s in (0, 1)
+    ]
+    found += [line("full", seed=s, score=40.0 + s) for s in (0, 1)]
+    return found + [line(f"lora(rank={r})", seed=s, score=40.0 + r) for r in (1, 2, 8) for s in (0, 1)]
+
+
+def test_a_method_that_was_run_in_several_ways_is_compared_with(tmp_path, call):
+    folder = written(tmp_path, [*searched_and_default(), {"kind": "grid", "title": "", "baseline": "full"}])
+    status, *_ = call("report", folder)
+    assert status == 0
+    text = (folder / "report.md").read_text()
+    assert "Compared with full." in text
+    assert "full was run in several ways; the one of most tasks and seeds is full \\[rate 0.003\\]." in text
+    assert "Too few pairs to tell from full \\[rate 0.003\\]: full \\[rate 0.001\\], lora(rank=1)" in text
+    status, *_ = call("report", folder, "--baseline", "lora( rank = 8 ) [rate 0.001]")
+    assert status == 0
+
+
+def test_ranks_of_one_rate_are_one_line(tmp_path):
+    found, _ = study(searched_and_default(), tmp_path)
+    means = {m: {r: x.mean for r, x in points.items()} for m, points in summary.ranked(found, "cola").items()}
+    assert means == {"lora [rate 0.001]": {1: 41.0, 2: 42.0, 8: 48.0}}
+
+
+def test_ways_of_a_method_stand_beside_its_published_cell(tmp_path):
+    lines = [*searched_and_default(), cell("full", 63.0, trainable=1e6), cell("lora(rank = 1)", 62.0)]
+    found, records = study(lines, tmp_path)
+    (beside,) = summary.beside(found, records.published)
+    ours = {m: cells["cola", "matthews"][1].mean for m, cells in beside.rows.items()}
+    assert ours == {"full [rate 0.003]": 60.5, "full [rate 0.001]": 40.5, "lora(rank = 1)": 41.0}
+    assert {m: theirs for m, (theirs, _) in beside.trainable.items()} == {
+        "full [rate 0.003]": 1e6,
+        "full [rate 0.001]": 1e6,
+        "lora(rank = 1)": None,
+    }
+    assert (beside.orders[0].pairs, beside.orders[0].same) == (2, 1)
+
+
+def test_pictures_of_methods_with_brackets_are_pictures_in_markdown(tmp_path):
+    from markdown_it import MarkdownIt
+
+    name = "adalora(target_rank=2, targets=['linear'])"
+    page.report([written(tmp_path, [line(name, allocation={"layer_0/q": 2}, sizes={"layer_0/q": 9})])])
+    text = (tmp_path / "report.md").read_text()
+    assert name in MarkdownIt().render(text).replace("&quot;", '"')
+    assert MarkdownIt().render(text).count("<img") == text.count("](figures/") > 0
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
