@@ -217,6 +217,10 @@ def _lines(file: Path) -> Iterable[dict]:
             )
         if missing := [field for field in NEEDED[line["kind"]] if field not in line]:
             raise ValueError(f"{file}, line {number}: a line of kind {line['kind']} needs {', '.join(missing)}")
+        if line["kind"] == "run" and not isinstance(line["scores"], dict):
+            raise ValueError(f"{file}, line {number}: scores must map metrics to numbers; got {line['scores']!r}")
+        if line["kind"] == "published" and not isinstance(line["score"], int | float):
+            raise ValueError(f"{file}, line {number}: a published score must be a number; got {line['score']!r}")
         yield line
 
 

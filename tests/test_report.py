@@ -336,6 +336,9 @@ def test_pictures_of_methods_with_brackets_are_pictures_in_markdown(tmp_path):
             '{"kind": "published", "method": "full"}',
             "line 1: a line of kind published needs model, task, metric, score",
         ),
+        (json.dumps(cell("full", "63.6±1.2")), "line 1: a published score must be a number; got '63.6±1.2'"),
+        (json.dumps(cell("full", math.nan)), "line 1: a published score must be a number; got None"),
+        (json.dumps(line(scores=None)), "line 1: scores must map metrics to numbers; got None"),
     ],
 )
 def test_files_that_are_none_of_a_sweep(tmp_path, text, said, call):
@@ -421,6 +424,12 @@ def test_curves_are_means_at_steps_that_all_seeds_have():
     np.testing.assert_allclose(means, [11, 16, 21])
     np.testing.assert_allclose(sd, math.sqrt(2))
     assert summary.curve(runs, "cola", None) is None
+
+
+def test_long_names_are_files(tmp_path):
+    names = ["lora(targets=['" + "x" * 300 + end + "'])" for end in ("a", "b")]
+    page.report([written(tmp_path, [line(m, allocation={"layer_0/q": 2}, sizes={"layer_0/q": 9}) for m in names])])
+    assert len(list((tmp_path / "figures").glob("parts-*.png"))) == 2
 
 
 # The page
