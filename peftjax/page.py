@@ -105,12 +105,15 @@ def contents(records: Records, studies: Sequence[Study], baseline: str | None) -
     sections: list[Section] = []
     names: set[str] = set()
     shown: set[tuple[str, str]] = set()
+    models = {study.model for study in studies}
     for study in studies:
         rows = summary.rows(study)
         sections.append(Section(study.model, 2, study.model, [scores(study, rows), *_listed(notes(study, rows))]))
         if baseline is not None:
             sections.append(_part(study, f"against {baseline}", _against(study, baseline)))
-        for b in summary.beside(study, records.published):
+        # what is published of a model that was run here stands beside that one alone
+        cells = [p for p in records.published if p["model"] == study.model or p["model"] not in models]
+        for b in summary.beside(study, cells):
             shown.add((b.source, b.model))
             about = f"beside {b.model}" + (f" ({b.source})" if b.source else "")
             sections.append(_part(study, about, [published(b, study), _orders(b)]))

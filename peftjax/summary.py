@@ -202,7 +202,10 @@ NEEDED = {
 
 def _lines(file: Path) -> Iterable[dict]:
     if not file.is_file():
-        raise ValueError(f"there is no {file}; give a results.jsonl of `peftjax sweep`, or the folder that holds it")
+        raise ValueError(
+            f"there is no {file}; give a results.jsonl of `peftjax sweep`, which it writes when its runs are over, or "
+            "the folder that holds it"
+        )
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not text.strip():
             continue

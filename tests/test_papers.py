@@ -168,5 +168,15 @@ def test_metrics_of_glue_s_server():
     assert (found["mrpc"], found["qqp"], found["stsb"], found["cola"]) == ("f1", "f1", "spearman", "matthews")
 
 
+def test_steered_models_are_called_as_their_targets():
+    script = SCRIPTS["proxy_tuning"]
+    small, steered = next(iter(script.PAPER.models)), script.STEERED["paper"]
+    names = {(m, script.called(alpha, small)) for m in steered.large for alpha in steered.alphas}
+    names |= {(m, script.AS_IS) for m in steered.large}
+    targets = {(p.model, p.method) for p in script.PAPER.published}
+    assert names < targets
+    assert {method for _, method in targets - names} == {"full"}
+
+
 def test_doctests():
     assert doctest.testmod(paper).failed == 0

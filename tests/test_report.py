@@ -377,6 +377,16 @@ def test_published_orders_counted_by_hand(tmp_path):
     assert "no two methods" in page._orders(nobodys)[0]
 
 
+def test_published_stands_beside_the_model_that_it_is_of(tmp_path):
+    lines = [line(model=m, seed=s) for m in ("base", "large", "tiny") for s in (0, 1)]
+    lines += [cell("lora(rank=8)", 60.0, model=m) for m in ("base", "large", "huge")]
+    page.report([written(tmp_path, lines)])
+    said = [x for x in (tmp_path / "report.md").read_text().splitlines() if x.startswith("### ") and "beside" in x]
+    of = {("base", "base"), ("large", "large"), *((m, "huge") for m in ("base", "large", "tiny"))}
+    assert {tuple(x[4:].split(" (")[0].split(": beside ")) for x in said} == of
+    assert len(said) == len(of)
+
+
 # What the pictures show
 
 
