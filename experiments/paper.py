@@ -296,12 +296,18 @@ def by_task(tasks: str, methods: Iterable[str] = (), models: Iterable[str] = (),
 
     >>> [(r.tasks, r.settings) for r in by_task("cola rte", epochs="80 30", learning_rate="4e-4")]
     [(('cola',), {'epochs': 80, 'learning_rate': 0.0004}), (('rte',), {'epochs': 30, 'learning_rate': 0.0004})]
+
+    Raises:
+      ValueError: a column has neither one value nor one for each task.
     """
     names = tasks.split()
     columns = {k: [ast.literal_eval(x.lstrip("0") or "0") for x in v.split()] for k, v in values.items()}
+    for k, v in columns.items():
+        if len(v) not in (1, len(names)):
+            raise ValueError(f"{k} has {len(v)} values; write one, or one for each of {', '.join(names)}")
     made = []
     for i, task in enumerate(names):
-        each = {k: v[0] if len(v) == 1 else v[: len(names)][i] for k, v in columns.items()}
+        each = {k: v[0] if len(v) == 1 else v[i] for k, v in columns.items()}
         options = {k: v for k, v in each.items() if k == "max_length"}
         settings = {k: v for k, v in each.items() if k not in options}
         made.append(Rule(settings, options, tuple(methods), (task,), tuple(models)))

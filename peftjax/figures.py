@@ -93,12 +93,12 @@ def free(text: str, taken: Collection[str]) -> str:
 
 
 def slug(*parts: str) -> str:
-    """A file's name.
+    """A file's name, of no more letters than every file system takes.
 
     >>> slug("cost", "all-MiniLM", "lora(rank=8)")
     'cost-all-minilm-lora-rank-8'
     """
-    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", "-".join(parts).lower())[:120].strip("-")
 
 
 COSTS: tuple[tuple[str, str, Callable[[Row], float | None]], ...] = (

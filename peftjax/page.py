@@ -94,9 +94,10 @@ def report(
 
 def _baseline(studies: Sequence[Study], asked: str | None, grids: str | None) -> str | None:
     run = list(dict.fromkeys(m for s in studies for m, runs in s.runs.items() if runs))
-    if asked is not None and asked not in run:
+    found = [m for m in (asked, grids, "full") if m is not None and any(summary.ways(s, m) for s in studies)]
+    if asked is not None and asked not in found:
         raise ValueError(f"the baseline {asked!r} has no run here; choose one of {', '.join(run)}")
-    return asked or next((m for m in (grids, "full") if m in run), None)
+    return next(iter(found), None)
 
 
 def contents(records: Records, studies: Sequence[Study], baseline: str | None) -> tuple[list[str], list[Section]]:
@@ -104,12 +105,15 @@ def contents(records: Records, studies: Sequence[Study], baseline: str | None) -
     sections: list[Section] = []
     names: set[str] = set()
     shown: set[tuple[str, str]] = set()
+    models = {study.model for study in studies}
     for study in studies:
         rows = summary.rows(study)
         sections.append(Section(study.model, 2, study.model, [scores(study, rows), *_listed(notes(study, rows))]))
         if baseline is not None:
             sections.append(_part(study, f"against {baseline}", _against(study, baseline)))
-        for b in summary.beside(study, records.published):
+        # what is published of a model that was run here stands beside that one alone
+        cells = [p for p in records.published if p["model"] == study.model or p["model"] not in models]
+        for b in summary.beside(study, cells):
             shown.add((b.source, b.model))
             about = f"beside {b.model}" + (f" ({b.source})" if b.source else "")
             sections.append(_part(study, about, [published(b, study), _orders(b)]))
@@ -276,9 +280,12 @@ def notes(study: Study, rows: Sequence[Row]) -> list[str]:
 
 
 def _against(study: Study, baseline: str) -> Blocks:
-    found = [m for m in study.runs if m != baseline]
-    if not study.runs.get(baseline):
+    ways = summary.ways(study, baseline)
+    if not ways:
         return [f"{baseline} has no run with {study.model}."]
+    several = [f"{baseline} was run in several ways; the one of most tasks and seeds is {ways[0]}."] if ways[1:] else []
+    baseline = ways[0]
+    found = [m for m in study.runs if m != baseline]
     if not found:
         return [f"There is no other method than {baseline}."]
     tasks = list(study.headline)
@@ -314,7 +321,7 @@ def _against(study: Study, baseline: str) -> Blocks:
     for verdict, form in VERDICTS.items():
         if methods := [m for m, v in words if v == verdict]:
             said.append(form.format(methods=_and(methods), baseline=baseline))
-    return [Sheet(head, rows), *_listed(said)]
+    return [*several, Sheet(head, rows), *_listed(said)]
 
 
 VERDICTS = {
@@ -505,11 +512,11 @@ def markdown(title: str, lead: Sequence[str], sections: Sequence[Section]) -> st
 def _plain(text: str) -> str:
     """The text in one line, with nothing that Markdown would read as its own.
 
-    >>> _plain("a|b <i>")
-    'a\\\\|b \\\\<i>'
+    >>> _plain("a|b <i> [c]")
+    'a\\\\|b \\\\<i> \\\\[c\\\\]'
     """
     text = " ".join(str(text).split())
-    for c in "\\`*_|<[":
+    for c in "\\`*_|<[]":
         text = text.replace(c, f"\\{c}")
     return text
 

@@ -202,7 +202,10 @@ NEEDED = {
 
 def _lines(file: Path) -> Iterable[dict]:
     if not file.is_file():
-        raise ValueError(f"there is no {file}; give a results.jsonl of `peftjax sweep`, or the folder that holds it")
+        raise ValueError(
+            f"there is no {file}; give a results.jsonl of `peftjax sweep`, which it writes when its runs are over, or "
+            "the folder that holds it"
+        )
     for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         if not text.strip():
             continue
@@ -217,6 +220,10 @@ def _lines(file: Path) -> Iterable[dict]:
             )
         if missing := [field for field in NEEDED[line["kind"]] if field not in line]:
             raise ValueError(f"{file}, line {number}: a line of kind {line['kind']} needs {', '.join(missing)}")
+        if line["kind"] == "run" and not isinstance(line["scores"], dict):
+            raise ValueError(f"{file}, line {number}: scores must map metrics to numbers; got {line['scores']!r}")
+        if line["kind"] == "published" and not isinstance(line["score"], int | float):
+            raise ValueError(f"{file}, line {number}: a published score must be a number; got {line['score']!r}")
         yield line
 
 
@@ -269,20 +276,35 @@ def studies(records: Records) -> list[Study]:
 
 
 def _ways(runs: Sequence[dict], others: Sequence[dict]) -> dict[str, list[dict]]:
-    """Method -> runs; where a method has several runs of one seed, those are told apart by what their settings are."""
+    """Method -> runs; where a method has several runs of one seed, those are told apart by what their settings are.
+
+    So are then the runs of its other ranks.
+    """
+    alike: dict[tuple, list[dict]] = {}
+    for r in runs:
+        alike.setdefault((r["method"], r["task"], r["seed"]), []).append(r)
+    differing: dict[str, set[str]] = {}
+    for (method, *_), group in alike.items():
+        differing.setdefault(without_rank(method), set()).update(_differing(group))
     out: dict[str, list[dict]] = {}
     for method in sorted({r["method"] for r in [*runs, *others]}, key=_natural):
         mine = [r for r in runs if r["method"] == method]
-        alike: dict[tuple, list[dict]] = {}
-        for r in mine:
-            alike.setdefault((r["task"], r["seed"]), []).append(r)
-        differing = sorted({fact for group in alike.values() for fact in _differing(group)})
         out |= {} if mine else {method: []}
         for r in mine:
-            facts = _facts(r)
-            way = ", ".join(f"{fact.rpartition('.')[2]} {short(facts.get(fact))}" for fact in differing)
+            facts, told = _facts(r), sorted(differing[without_rank(method)])
+            way = ", ".join(f"{fact.rpartition('.')[2]} {short(facts.get(fact))}" for fact in told)
             out.setdefault(f"{method} [{way}]" if way else method, []).append(r)
     return out
+
+
+def ways(study: Study, method: str) -> list[str]:
+    """The names in `runs` of a method, or of one way of it, that has runs; that of most tasks and seeds first."""
+
+    def named(name: str, runs: Sequence[dict]) -> bool:
+        return _plain(method) in {_plain(text) for text in (name, *(r["method"] for r in runs[:1]))}
+
+    found = {name: runs for name, runs in study.runs.items() if runs and named(name, runs)}
+    return sorted(found, key=lambda name: -len(by_pair(found[name], study.headline)))
 
 
 def _differing(group: Sequence[dict]) -> set[str]:
@@ -447,26 +469,29 @@ def difference(values: Sequence[float], seed: int = 0) -> Difference:
 
 
 def beside(study: Study, published: Sequence[dict]) -> list[Beside]:
-    """Every published table beside this model's runs, where one of its methods was run."""
-    out, ours = [], {_plain(method): runs for method, runs in study.runs.items()}
+    """Every published table beside this model's runs, where one of its methods was run.
 
-    def named(method: str) -> list[dict]:
-        return ours.get(_plain(method), [])
+    A method that was run in several ways has a row for each.
+    """
+    out = []
+
+    def named(method: str) -> dict[str, list[dict]]:
+        found = {name: study.runs[name] for name in ways(study, method)}
+        return found if len(found) > 1 else {method: [r for runs in found.values() for r in runs]}
 
     for source, model in dict.fromkeys((p.get("source") or "", p["model"]) for p in published):
         cells = [p for p in published if (p.get("source") or "", p["model"]) == (source, model)]
-        if not any(named(p["method"]) for p in cells):
+        if not any(ways(study, p["method"]) for p in cells):
             continue
         columns = list(dict.fromkeys((p["task"], p["metric"]) for p in cells))
         table: dict[str, dict] = {}
         trainable = {}
-        for p in cells:
-            runs = named(p["method"])
-            table.setdefault(p["method"], {})[p["task"], p["metric"]] = (p, _metric(runs, p["task"], p["metric"]))
-            before = trainable.get(p["method"], (None, None))[0]
+        for p, (name, runs) in [(cell, way) for cell in cells for way in named(cell["method"]).items()]:
+            table.setdefault(name, {})[p["task"], p["metric"]] = (p, _metric(runs, p["task"], p["metric"]))
+            before = trainable.get(name, (None, None))[0]
             counts = [r["trainable"] for r in runs if r.get("trainable") is not None]
             given = p.get("trainable") if p.get("trainable") is not None else before
-            trainable[p["method"]] = (given, (min(counts), max(counts)) if counts else None)
+            trainable[name] = (given, (min(counts), max(counts)) if counts else None)
         orders = [_order(table, column) for column in columns]
         out.append(Beside(source, model, columns, table, trainable, orders))
     return out

@@ -157,5 +157,26 @@ def test_a_row_that_does_not_fit(text):
         paper.rows(text)
 
 
+def test_a_column_that_does_not_fit():
+    with pytest.raises(ValueError, match="epochs has 3 values; write one, or one for each of cola, rte"):
+        paper.by_task("cola rte", epochs="1 2 3")
+
+
+def test_metrics_of_glue_s_server():
+    """F1 and Spearman where it is the test set that was scored."""
+    found = {p.task: p.metric for p in SCRIPTS["adapter_glue"].LONG.published}
+    assert (found["mrpc"], found["qqp"], found["stsb"], found["cola"]) == ("f1", "f1", "spearman", "matthews")
+
+
+def test_steered_models_are_called_as_their_targets():
+    script = SCRIPTS["proxy_tuning"]
+    small, steered = next(iter(script.PAPER.models)), script.STEERED["paper"]
+    names = {(m, script.called(alpha, small)) for m in steered.large for alpha in steered.alphas}
+    names |= {(m, script.AS_IS) for m in steered.large}
+    targets = {(p.model, p.method) for p in script.PAPER.published}
+    assert names < targets
+    assert {method for _, method in targets - names} == {"full"}
+
+
 def test_doctests():
     assert doctest.testmod(paper).failed == 0

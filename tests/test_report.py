@@ -275,6 +275,57 @@ def test_runs_that_differ_in_a_setting_are_rows_of_their_own(tmp_path):
     assert summary.repeated(found) == [("lora(rank=8)", "cola", 0)]
 
 
+def searched_and_default():
+    """Runs with a searched rate of two tasks, and of one of them also at the default rate, by other ranks too."""
+    found = [
+        line(m, t, s, 60.0 + s, rate=3e-3) for m in ("full", "lora(rank=8)") for t in ("cola", "rte") for s in (0, 1)
+    ]
+    found += [line("full", seed=s, score=40.0 + s) for s in (0, 1)]
+    return found + [line(f"lora(rank={r})", seed=s, score=40.0 + r) for r in (1, 2, 8) for s in (0, 1)]
+
+
+def test_a_method_that_was_run_in_several_ways_is_compared_with(tmp_path, call):
+    folder = written(tmp_path, [*searched_and_default(), {"kind": "grid", "title": "", "baseline": "full"}])
+    status, *_ = call("report", folder)
+    assert status == 0
+    text = (folder / "report.md").read_text()
+    assert "Compared with full." in text
+    assert "full was run in several ways; the one of most tasks and seeds is full \\[rate 0.003\\]." in text
+    assert "Too few pairs to tell from full \\[rate 0.003\\]: full \\[rate 0.001\\], lora(rank=1)" in text
+    status, *_ = call("report", folder, "--baseline", "lora( rank = 8 ) [rate 0.001]")
+    assert status == 0
+
+
+def test_ranks_of_one_rate_are_one_line(tmp_path):
+    found, _ = study(searched_and_default(), tmp_path)
+    means = {m: {r: x.mean for r, x in points.items()} for m, points in summary.ranked(found, "cola").items()}
+    assert means == {"lora [rate 0.001]": {1: 41.0, 2: 42.0, 8: 48.0}}
+
+
+def test_ways_of_a_method_stand_beside_its_published_cell(tmp_path):
+    lines = [*searched_and_default(), cell("full", 63.0, trainable=1e6), cell("lora(rank = 1)", 62.0)]
+    found, records = study(lines, tmp_path)
+    (beside,) = summary.beside(found, records.published)
+    ours = {m: cells["cola", "matthews"][1].mean for m, cells in beside.rows.items()}
+    assert ours == {"full [rate 0.003]": 60.5, "full [rate 0.001]": 40.5, "lora(rank = 1)": 41.0}
+    assert {m: theirs for m, (theirs, _) in beside.trainable.items()} == {
+        "full [rate 0.003]": 1e6,
+        "full [rate 0.001]": 1e6,
+        "lora(rank = 1)": None,
+    }
+    assert (beside.orders[0].pairs, beside.orders[0].same) == (2, 1)
+
+
+def test_pictures_of_methods_with_brackets_are_pictures_in_markdown(tmp_path):
+    from markdown_it import MarkdownIt
+
+    name = "adalora(target_rank=2, targets=['linear'])"
+    page.report([written(tmp_path, [line(name, allocation={"layer_0/q": 2}, sizes={"layer_0/q": 9})])])
+    text = (tmp_path / "report.md").read_text()
+    assert name in MarkdownIt().render(text).replace("&quot;", '"')
+    assert MarkdownIt().render(text).count("<img") == text.count("](figures/") > 0
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -285,6 +336,9 @@ def test_runs_that_differ_in_a_setting_are_rows_of_their_own(tmp_path):
             '{"kind": "published", "method": "full"}',
             "line 1: a line of kind published needs model, task, metric, score",
         ),
+        (json.dumps(cell("full", "63.6±1.2")), "line 1: a published score must be a number; got '63.6±1.2'"),
+        (json.dumps(cell("full", math.nan)), "line 1: a published score must be a number; got None"),
+        (json.dumps(line(scores=None)), "line 1: scores must map metrics to numbers; got None"),
     ],
 )
 def test_files_that_are_none_of_a_sweep(tmp_path, text, said, call):
@@ -321,6 +375,16 @@ def test_published_orders_counted_by_hand(tmp_path):
     assert "1 pair the other way round or equal" in said
     assert rest == ["Published, and without a score here: houlsby."]
     assert "no two methods" in page._orders(nobodys)[0]
+
+
+def test_published_stands_beside_the_model_that_it_is_of(tmp_path):
+    lines = [line(model=m, seed=s) for m in ("base", "large", "tiny") for s in (0, 1)]
+    lines += [cell("lora(rank=8)", 60.0, model=m) for m in ("base", "large", "huge")]
+    page.report([written(tmp_path, lines)])
+    said = [x for x in (tmp_path / "report.md").read_text().splitlines() if x.startswith("### ") and "beside" in x]
+    of = {("base", "base"), ("large", "large"), *((m, "huge") for m in ("base", "large", "tiny"))}
+    assert {tuple(x[4:].split(" (")[0].split(": beside ")) for x in said} == of
+    assert len(said) == len(of)
 
 
 # What the pictures show
@@ -370,6 +434,12 @@ def test_curves_are_means_at_steps_that_all_seeds_have():
     np.testing.assert_allclose(means, [11, 16, 21])
     np.testing.assert_allclose(sd, math.sqrt(2))
     assert summary.curve(runs, "cola", None) is None
+
+
+def test_long_names_are_files(tmp_path):
+    names = ["lora(targets=['" + "x" * 300 + end + "'])" for end in ("a", "b")]
+    page.report([written(tmp_path, [line(m, allocation={"layer_0/q": 2}, sizes={"layer_0/q": 9}) for m in names])])
+    assert len(list((tmp_path / "figures").glob("parts-*.png"))) == 2
 
 
 # The page
