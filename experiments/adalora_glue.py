@@ -21,7 +21,7 @@ Paper: 4 N FLOPs a token come to about 20 hours of an H200 at 200 TFLOP/s.
 
 from typing import NamedTuple
 
-from paper import GLUE, Table, glue_small, main, named, published, rows, stsb_small
+from paper import GLUE, Table, beside, glue_small, main, named, published, rows, stsb_small
 
 from peftjax.grid import Grid, Rule, Search
 
@@ -110,8 +110,21 @@ def of_task(task: str) -> Grid:
 
 
 SMALL = (
-    glue_small("full", "bitfit", "adapter", "lora(rank=8)", "adalora"),
-    stsb_small("lora(rank=2, targets=['linear'])", "adalora(target_rank=2, init_rank=4, targets=['linear'])"),
+    glue_small(
+        *("full", "bitfit", "adapter", "lora(rank=8)", "adalora"),
+        published=beside(
+            PUBLISHED,
+            GLUE,
+            SOURCE,
+            {"Full FT": "full", "BitFit": "bitfit", "HAdapter 1.22M": "adapter", "AdaLoRA 1.27M": "adalora"}
+            | {"LoRA r=8": "lora(rank=8)"},
+        ),
+    ),
+    stsb_small(
+        "lora(rank=2, targets=['linear'])",
+        "adalora(target_rank=2, init_rank=4, targets=['linear'])",
+        published=beside(PUBLISHED, GLUE, SOURCE, {m: METHODS[m] for m in METHODS if "0.32M" in m or m == "LoRA r=2"}),
+    ),
 )
 TABLE = Table(
     name="adalora_glue",

@@ -19,7 +19,7 @@ Paper: 4 N FLOPs a token come to about 60 hours of an H200 at 200 TFLOP/s.
 
 from dataclasses import replace
 
-from paper import GLUE, GLUE_TASKS, Columns, Table, glue_small, main, named, published, rows
+from paper import GLUE, GLUE_TASKS, Columns, Table, beside, glue_small, main, named, published, rows
 
 from peftjax.grid import Grid, Search
 
@@ -59,7 +59,10 @@ LONG = Grid(
     title=f"{SOURCE}: 20 epochs",
 )
 SHORT = replace(LONG, settings={**LONG.settings, "epochs": 3}, title=f"{SOURCE}: 3 epochs")
-SMALL = glue_small("full", "adapter")
+SMALL = glue_small(
+    *("full", "adapter"),
+    published=beside(PUBLISHED, COLUMNS, SOURCE, {"full FT": "full", "adapters 64": "adapter"}),
+)
 TABLE = Table(
     name="adapter_glue",
     paper="Houlsby et al. 2019, arXiv:1902.00751",

@@ -17,7 +17,7 @@ Small: on STS-B at the default rate, the same for all three. 3 runs a method, ab
 Paper: 6 N FLOPs a token come to a quarter of an hour of an H200.
 """
 
-from paper import GLUE, Table, main, named, published, rows, stsb_small
+from paper import GLUE, Table, beside, main, named, published, rows, stsb_small
 
 from peftjax.grid import Grid
 
@@ -50,7 +50,19 @@ PAPER = Grid(
     published=published(PUBLISHED, GLUE, "HyPe, table 5", CALLED),
     title="Child-Tuning, BERT-large",
 )
-SMALL = stsb_small("full", "child_tuning(mode='F')", "child_tuning(mode='D')")
+SMALL = stsb_small(
+    *("full", "child_tuning(mode='F')", "child_tuning(mode='D')"),
+    published=beside(
+        PUBLISHED,
+        GLUE,
+        "HyPe, table 5",
+        {
+            "Vanilla (HyPe run)": "full",
+            "Child-Tuning_F (HyPe run)": "child_tuning(mode='F')",
+            "Child-Tuning_D (HyPe run)": "child_tuning(mode='D')",
+        },
+    ),
+)
 TABLE = Table(
     name="child_tuning_glue",
     paper="Xu et al. 2021, arXiv:2109.05687",

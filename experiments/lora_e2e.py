@@ -16,7 +16,7 @@ a CPU core with the bundled base.
 Paper: 4 N FLOPs a token come to half an hour of an H200, decoding aside.
 """
 
-from paper import E2E, Table, e2e_small, main, named, published, rows
+from paper import E2E, Table, beside, e2e_small, main, named, published, rows
 
 from peftjax.grid import Grid
 
@@ -85,7 +85,16 @@ PAPER = Grid(
     published=published(PUBLISHED, E2E, SOURCE),
     title=SOURCE,
 )
-SMALL = e2e_small("full", "bitfit", "lora(rank=4)", "adapter", "prefix", "prompt")
+SMALL = e2e_small(
+    *("full", "bitfit", "lora(rank=4)", "adapter", "prefix", "prompt"),
+    published=beside(
+        PUBLISHED,
+        E2E,
+        SOURCE,
+        {"FT*": "full", "AdapterH": "adapter", "PreLayer*": "prefix", "LoRA": "lora(rank=4)"},
+        ("gpt2-medium",),
+    ),
+)
 TABLE = Table(
     name="lora_e2e",
     paper="Hu et al. 2022, arXiv:2106.09685",

@@ -18,7 +18,7 @@ Small: one method of each kind on MiniLM. 12 runs a method, about a minute each 
 Paper: 4 N FLOPs a token come to about 85 hours of an H200 at 200 TFLOP/s; batches of 4 to 16 will not reach that.
 """
 
-from paper import GLUE, GLUE_TASKS, Table, by_task, glue_small, main, named, published, rows
+from paper import GLUE, GLUE_TASKS, Table, beside, by_task, glue_small, main, named, published, rows
 
 from peftjax.grid import Grid
 
@@ -139,6 +139,12 @@ XXLARGE = Grid(
 SMALL = glue_small(
     *("full", "head", "bitfit", "fishmask", "lora(rank=8)", "dora(rank=8)", "adalora", "ia3", "adapter"),
     *("prompt", "prefix"),
+    published=beside(
+        PUBLISHED,
+        GLUE,
+        SOURCE,
+        {"FT*": "full", "BitFit*": "bitfit", "LoRA": "lora(rank=8)", "AdptH (dagger) 6.0M": "adapter"},
+    ),
 )
 TABLE = Table(
     name="lora_glue",

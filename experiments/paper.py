@@ -288,6 +288,24 @@ def published(
     return tuple(found)
 
 
+def beside(
+    table: Iterable[Row], columns: Columns, source: str, methods: Mapping[str, str], models: Iterable[str] = ()
+) -> tuple[Published, ...]:
+    """The cells that stand beside a small grid: of the rows that one of its methods stands for.
+
+    Args:
+      methods: 'setting trainable' or 'setting' -> the grid's method.
+      models: the published models that are meant; empty: all.
+
+    >>> row = Row("roberta-base", "LoRA", "0.3M", "lora(rank=8, alpha=16)", {"CoLA": "63.4±1.2"})
+    >>> [(p.method, p.score) for p in beside([row], GLUE, "", {"LoRA": "lora(rank=8)"})]
+    [('lora(rank=8)', 63.4)]
+    """
+    wanted = [row for row in table if not models or row.model in models]
+    named = ((row, methods.get(f"{row.setting} {row.trainable}", methods.get(row.setting))) for row in wanted)
+    return published([row._replace(method=method) for row, method in named if method], columns, source)
+
+
 def by_task(tasks: str, methods: Iterable[str] = (), models: Iterable[str] = (), **values: str) -> tuple[Rule, ...]:
     """A rule for each task from columns as papers print them; one value stands for all tasks.
 
@@ -320,7 +338,7 @@ GLUE_TASKS: dict[str, str | None] = dict.fromkeys(("mnli", "sst2", "mrpc", "cola
 RANKS = (1, 2, 4, 8)
 
 
-def glue_small(*methods: str) -> Grid:
+def glue_small(*methods: str, published: tuple[Published, ...] = ()) -> Grid:
     """MiniLM on three tasks, 1,000 training rows each; rates are searched on CoLA."""
     return Grid(
         models={"minilm": "{models}/all-MiniLM-L6-v2"},
@@ -330,18 +348,20 @@ def glue_small(*methods: str) -> Grid:
         search=Search(factors=(0.3, 1.0, 3.0), tasks=("cola",)),
         settings={"epochs": 3, "batch_size": 16},
         options={"train_limit": 1000},
-        title="Methods on GLUE, MiniLM, 1,000 training rows",
+        baseline="full" if "full" in methods else None,
+        published=published,
+        title="Methods on GLUE: MiniLM, 1,000 training rows",
     )
 
 
-def stsb_small(*methods: str) -> Grid:
+def stsb_small(*methods: str, published: tuple[Published, ...] = ()) -> Grid:
     """MiniLM on STS-B alone, each method at its own default rate: for what differs in one thing."""
-    glue = glue_small(*methods)
+    glue = glue_small(*methods, published=published)
     title = "Ranks, allocations, masks and children: MiniLM on STS-B, 1,000 training rows"
     return dataclasses.replace(glue, tasks={"stsb": glue.tasks["stsb"]}, search=None, title=title)
 
 
-def e2e_small(*methods: str) -> Grid:
+def e2e_small(*methods: str, published: tuple[Published, ...] = ()) -> Grid:
     """A decoder on E2E, at its default rates; scored on the whole test set with all its references."""
     return Grid(
         models={"{name}": "{model}"},
@@ -350,6 +370,8 @@ def e2e_small(*methods: str) -> Grid:
         seeds=1,
         settings={"epochs": 3, "batch_size": 16},
         options={"eval_split": "test"},
+        baseline="full",
+        published=published,
         title="Methods on E2E",
     )
 
