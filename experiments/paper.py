@@ -533,6 +533,7 @@ class Arguments:
     out: Path | None = None  # default: a folder in runs/, which tables that share runs share
     seeds: int | None = None  # default: the grid's
     shard: str = "1/1"  # "1/4": the first of four parts of the runs, each for a process of its own
+    retry: bool = False  # make the runs that failed again
     data: Path = ROOT.parent / "shared/data"
     models: Path = ROOT.parent / "shared/models"
     model: str = "tiny-books"  # the decoder of the small scale: a folder, or the bundled base
@@ -558,7 +559,7 @@ def filled(grid: Grid, args: Arguments) -> Grid:
     """The grid with its folders and its number of seeds."""
     models = {args.fill(k): args.fill(v) for k, v in grid.models.items()}
     tasks = {k: v and args.fill(v) for k, v in grid.tasks.items()}
-    return dataclasses.replace(grid, models=models, tasks=tasks, seeds=args.seeds or grid.seeds)
+    return dataclasses.replace(grid, models=models, tasks=tasks, seeds=grid.seeds if args.seeds is None else args.seeds)
 
 
 def listed(grid: Grid) -> Iterator[str]:
@@ -581,6 +582,13 @@ def main(table: Table, description: str | None) -> Done | None:
     if args.counts:
         print(counts_table(counted(table, one) for one in listed_counts(table)))
         return None
+    try:
+        return _run(table, args)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+
+
+def _run(table: Table, args: Arguments) -> Done | None:
     grids = tuple(filled(grid, args) for grid in table.grids[args.scale])
     if args.list:
         for grid in grids:
@@ -590,9 +598,14 @@ def main(table: Table, description: str | None) -> Done | None:
     out = args.out or Path("runs") / (table.out if args.scale == "small" else f"{table.name}-paper")
     shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
     if shard is None:
-        raise SystemExit(f"cannot read the shard {args.shard!r}; write i/n with i from 1 to n, such as 1/4")
+        raise ValueError(f"cannot read the shard {args.shard!r}; write i/n with i from 1 to n, such as 1/4")
     i, n = map(int, shard.groups())
-    records = [record for grid in grids for record in sweep(grid, out, shard=(i, n))]
+    records = [record for grid in grids for record in sweep(grid, out, shard=(i, n), retry=args.retry)]
+    failed = sum(r["kind"] == "failed" for r in records)
+    print(
+        f"{len(records)} runs are over, {failed} of them failed" + ("; to make these again: --retry" if failed else "")
+    )
+    print(f"to read: peftjax report {out}")
     return Done(args.scale, out, grids, tuple(records), args.fill)
 
 

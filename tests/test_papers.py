@@ -151,6 +151,33 @@ def test_lists_without_network(monkeypatch, capsys):
     assert "lora(rank=8, targets=['linear'])  0.3 x default, 1 x default, 3 x default; by cola" in out
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("--seeds", "0"), "seeds must be at least 1; got 0"),
+        (("--shard", "5/4"), "a shard is i/n with i from 1 to n; got 5/4"),
+        (("--shard", "half"), "cannot read the shard 'half'"),
+    ],
+)
+def test_what_cannot_be_is_said_in_a_sentence(tmp_path, monkeypatch, asked, said):
+    monkeypatch.setattr("sys.argv", ["dylora_ranks.py", "--out", str(tmp_path), *asked])
+    with pytest.raises(SystemExit, match=said):
+        paper.main(TABLES["dylora_ranks"], "")
+
+
+def test_runs_that_failed_are_made_again_when_asked(tmp_path, monkeypatch, capsys):
+    asked = []
+    records = [{"kind": "failed"}, {"kind": "run"}]
+    monkeypatch.setattr(paper, "sweep", lambda grid, out, **how: asked.append(how) or records)
+    for more in ([], ["--retry"]):
+        monkeypatch.setattr("sys.argv", ["dylora_ranks.py", "--out", str(tmp_path), *more])
+        done = paper.main(TABLES["dylora_ranks"], "")
+        assert done is not None
+        assert len(done.records) == 2
+    assert [how["retry"] for how in asked] == [False, True]
+    assert "2 runs are over, 1 of them failed; to make these again: --retry" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("text", ["setting | trainable\nLoRA | 1M", "setting | trainable | A\n# m\nLoRA | 1M"])
 def test_a_row_that_does_not_fit(text):
     with pytest.raises(ValueError, match="a row needs a model before it"):
