@@ -274,9 +274,21 @@ def notes(study: Study, rows: Sequence[Row]) -> list[str]:
         out.append(f"{method} has {_count(n, 'seed')} of {task}, others up to {most}.")
     for method, task, seed in summary.repeated(study):
         out.append(f"{method}, {task}, seed {seed}: several runs that no setting tells apart; the last one counts.")
+    if len(held := _held(study)) > 1:
+        said = [f"{_count(n, 'run')} for {_and(methods)}" for n, methods in sorted(held.items())]
+        out.append(f"Peaks are of programs that hold {'; '.join(said)}: compare them with that in mind.")
     if not summary.averaged(study) and len(study.headline) > 1:
         out.append(f"No average: {_and(sorted(set(study.headline.values())))} are not all in percent.")
     return out
+
+
+def _held(study: Study) -> dict[int, list[str]]:
+    """Runs in a program -> the methods that trained so."""
+    found: dict[int, list[str]] = {}
+    for method, runs in study.runs.items():
+        if runs:
+            found.setdefault(max(r.get("together") or 1 for r in runs), []).append(method)
+    return found
 
 
 def _against(study: Study, baseline: str) -> Blocks:
@@ -465,8 +477,8 @@ def _reading(baseline: str | None) -> list[str]:
         "deviation (n - 1) over seeds, and below it Student's 95% interval for the mean over seeds. An average is over "
         "the tasks for each seed that has them all, then over those seeds. In bold: the best of a column.",
         "Trainable: parameters that train, as counted; a range where the heads of tasks differ. Peak: XLA's plan of "
-        "the compiled training step, the largest of the tasks. Time: of a run, the mean of the tasks; of runs that "
-        "trained together, a run's share.",
+        "the compiled training step, with all the runs that it holds, the largest of the tasks. Time: of a run, the mean "
+        "of the tasks; of runs that trained together, a run's share.",
         "A learning rate with an asterisk is the lowest or highest that the search tried.",
     ]
     if baseline is not None:

@@ -560,3 +560,14 @@ def test_the_page_in_a_browser(reported):
             pytest.skip("there is no Chromium here")
         raise
     assert not wrong
+
+
+def test_how_many_runs_a_peak_is_of():
+    def said(**together):
+        lines = [line(m, seed=s, together=n) for m, n in together.items() for s in (0, 1)]
+        (study,) = summary.studies(summary.Records(lines, [], [], [], None, None))
+        return [note for note in page.notes(study, summary.rows(study)) if note.startswith("Peaks")]
+
+    assert said(full=2, lora=2) == []
+    (note,) = said(full=1, lora=3, bitfit=3)
+    assert "1 run for full; 3 runs for lora and bitfit" in note
