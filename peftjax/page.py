@@ -477,8 +477,8 @@ def _reading(baseline: str | None) -> list[str]:
         "deviation (n - 1) over seeds, and below it Student's 95% interval for the mean over seeds. An average is over "
         "the tasks for each seed that has them all, then over those seeds. In bold: the best of a column.",
         "Trainable: parameters that train, as counted; a range where the heads of tasks differ. Peak: XLA's plan of "
-        "the compiled training step, with all the runs that it holds, the largest of the tasks. Time: of a run, the mean "
-        "of the tasks; of runs that trained together, a run's share.",
+        "the compiled training step, with all the runs that it holds, the largest of the tasks. Time: of a run, the "
+        "mean of the tasks; of runs that trained together, a run's share.",
         "A learning rate with an asterisk is the lowest or highest that the search tried.",
     ]
     if baseline is not None:
