@@ -39,7 +39,8 @@ def undisturbed(grid, tmp_path_factory):
 def test_a_killed_sweep_ends_as_an_undisturbed_one(grid, undisturbed, tmp_path):
     """One process, killed; two, of which one is killed and the other goes on."""
     kills = killed.disturb(grid, tmp_path / "out", killed.How(kills=2, moments=(5.0, 9.0)))
-    assert [(k["others"], k["was_over"]) for k in kills] == [(0, False), (1, False)]
+    assert [k["others"] for k in kills] == [0, 1]
+    assert not kills[0]["was_over"]  # of the second kill that would be no error, on a quick machine
     facts = killed.compare(tmp_path / "out", undisturbed)
     assert (facts["runs"], facts["failed"]) == (4, 2)
 
