@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from paper import bert
 from reference import TOLERANCE, Link, check, fill, pair, peft, randomise, start, torch, transposed
 from safetensors.numpy import load_file
-from test_counts import bert_cased, trained_count
+from test_counts import trained_count
 from test_numerics import ALL, QV, lora_links
 
 from peftjax import chain, merge, partition, stack_layers
@@ -493,12 +494,12 @@ def test_vera_products_are_the_equation(key):
 
 COUNTS = {  # as published
     # Kopiczko et al. 2024, table 2: 0.043M for RoBERTa-base at rank 1024, 0.061M for large at 256
-    "vera, base": (bert_cased(), vera(1024), 43_008),
-    "vera, large": (bert_cased(24, 1024, 16), vera(256), 61_440),
-    "lora_fa": (bert_cased(), lora_fa(8), 24 * 8 * 768),
-    "lora_plus": (bert_cased(), lora_plus(8), 294_912),
-    "pissa": (bert_cased(), pissa(8), 294_912),
-    "olora": (bert_cased(), olora(8), 294_912),
+    "vera, base": (bert(), vera(1024), 43_008),
+    "vera, large": (bert(24, 1024, 16), vera(256), 61_440),
+    "lora_fa": (bert(), lora_fa(8), 24 * 8 * 768),
+    "lora_plus": (bert(), lora_plus(8), 294_912),
+    "pissa": (bert(), pissa(8), 294_912),
+    "olora": (bert(), olora(8), 294_912),
 }
 
 
