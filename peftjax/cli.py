@@ -40,6 +40,7 @@ class Base:
       param_dtype: of the base's parameters; what trains is float32.
       quantize: hold the linear weights of the base in 8 or 4 bits (lora over nf4 is QLoRA).
       fresh_head: draw a new task head even if the model has one.
+      head_prior: start a new task head's bias at the labels' mean, or the logarithms of their frequencies.
       remat: what is kept of a block's activations for the backward pass: all; its input (least memory, most time); or
         its products with weights too.
       chat_template: of conversations (sft): alpaca, plain, or a file with a Jinja template; default: the tokenizer's.
@@ -58,6 +59,7 @@ class Base:
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     quantize: Literal["int8", "nf4", "nf4-double"] | None = None
     fresh_head: bool = False
+    head_prior: bool = False
     remat: Literal["none", "block", "dots"] = "none"
     chat_template: str | None = None
 
@@ -1258,6 +1260,7 @@ def _prepare(b: Base) -> dict:
         "param_dtype": jnp.dtype(b.param_dtype),
         "quantize": b.quantize,
         "fresh_head": b.fresh_head,
+        "head_prior": b.head_prior,
         "remat": b.remat,
         **({"chat_template": sft.template(b.chat_template)} if b.chat_template else {}),
     }

@@ -23,7 +23,7 @@ from .train import Settings
 SEARCH, FINAL = "search", "final"
 FIRST_TRIAL_SEED = 1000  # no seed of a table is one that a rate was chosen on
 OPTIONS = ("eval_split", "train_limit", "eval_limit", "max_length", "max_buckets", "max_new_tokens", "decoding", "pack")
-OPTIONS += ("dtype", "param_dtype", "quantize", "fresh_head", "remat")
+OPTIONS += ("dtype", "param_dtype", "quantize", "fresh_head", "head_prior", "remat")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +19,7 @@ from .metrics import check_metrics, score
 from .models.layers import shift_right
 from .tasks import Task, get_task
 from .train import Objective
-from .tree import Tree
+from .tree import Tree, flatten, update
 
 EVAL_BATCH = 64
 CHOICE_METRICS = {"accuracy", "accuracy_norm"}
@@ -34,6 +34,7 @@ class Problem(NamedTuple):
       task: with its labels filled in.
       train, dev: examples; a generation task's dev examples are for the loss.
       packed: length of the rows that training texts are packed into, several in each; None: one text a row.
+      head_prior: whether the head's bias starts at the best constant answer (`with_prior`).
       scored: examples of the split that is reported, if that is not dev (on which the best step is chosen).
       prompts: of a generation task, with references, to be scored on; of multiple choice, with every answer.
       buckets: lengths that training batches are padded to, dev batches too.
@@ -54,6 +55,7 @@ class Problem(NamedTuple):
     scored: list[data.Example] | None = None
     decoding: Decoding | None = None
     packed: int | None = None
+    head_prior: bool = False
 
     @property
     def pad_id(self) -> int:
@@ -105,6 +107,7 @@ def prepare(
     decoding: Decoding | None = None,
     pack: bool = False,
     chat_template: str | None = None,
+    head_prior: bool = False,
     before: Callable[[Problem, Callable[..., Model]], None] = lambda problem, describe: None,
     **load: Any,
 ) -> Problem:
@@ -125,12 +128,14 @@ def prepare(
         likely token, again and again.
       pack: put several training texts into a row, of as many tokens as a text may have; none sees another.
       chat_template: of conversations, a Jinja text; default: the tokenizer's own.
+      head_prior: start the new head's bias at the best constant answer to the training rows (`with_prior`).
       before: called before the weights are read, with the problem on a model of shapes alone, and with
         `peftjax.hub.describe` of this name and task.
       load: passed to `peftjax.hub.load`.
 
     Raises:
-      ValueError, FileNotFoundError: from the loaders; or a text that is too long where the task does not cut.
+      ValueError, FileNotFoundError: from the loaders; or a text that is too long where the task does not cut; or
+        `head_prior` without a new head that has a bias.
     """
     task = get_task(task) if isinstance(task, str) else task
     decoding = None if decoding is None else _of_choice(check(decoding), task)
@@ -147,6 +152,8 @@ def prepare(
         raise ValueError(
             f"a chat template is for conversations; {task.name} has prompts of its own: leave out --chat-template"
         )
+    if head_prior and task.kind == "generation":
+        raise ValueError(f"head_prior is for tasks with a head; {task.name} is a generation task: leave it out")
     limits = {"train_limit": train_limit, "eval_limit": eval_limit, "max_length": max_length}
     limits["max_new_tokens"] = max_new_tokens
     for name, value in limits.items():
@@ -236,9 +243,40 @@ def prepare(
         scored=scored,
         decoding=decoding,
         packed=limit if pack else None,
+        head_prior=head_prior and bool(train),
     )
     before(problem, describe)
-    return problem._replace(model=hub.load(model_name, purpose, labels=labels, **load))
+    model = hub.load(model_name, purpose, labels=labels, **load)
+    if problem.head_prior and not model.fresh:
+        raise ValueError(f"head_prior: {model_name} has a trained head; leave it out, or write fresh_head=True")
+    return problem._replace(model=with_prior(model, [e.label for e in train]) if problem.head_prior else model)
+
+
+def with_prior(model: Model, labels: Sequence[int | float | None]) -> Model:
+    """The model with its head's bias at the best constant answer: b = mean(y), or b_c = log(n_c / n) of classes.
+
+    So the first steps are not spent on it, by the head and by all that trains with it at the same rate: of STS-B's
+    scores from 0 to 5, a head at zero is off by their mean. As Lin et al. 2017 (arXiv:1708.02002), section 3.3, set
+    the bias of a rare class. A class without rows counts as half a row.
+
+    Raises:
+      ValueError: the head has no bias.
+
+    >>> import transformers
+    >>> config = transformers.BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2)
+    >>> model = hub.from_config(config, "classification", labels=2)
+    >>> with_prior(model, [0, 1, 1, 1]).params["classifier"]["bias"].round(2).tolist()
+    [-1.3899999856948853, -0.28999999165534973]
+    """
+    module = [s for s in model.sites if s.kind == "head"][-1].module
+    path = f"{module}/bias"
+    if path not in flatten(model.params):
+        raise ValueError(f"head_prior: this model's head, {module}, has no bias that could start there; leave it out")
+    given = np.array(labels, np.float64)
+    classes = model.config.num_labels
+    counts = np.maximum(np.bincount(given.astype(int), minlength=classes), 0.5)
+    bias = given.mean(keepdims=True) if classes == 1 else np.log(counts / counts.sum())
+    return model._replace(params=update(model.params, {path: jnp.asarray(bias, flatten(model.params)[path].dtype)}))
 
 
 def _padding(train: list[data.Example], buckets: tuple[int, ...], row_length: int) -> str:

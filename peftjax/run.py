@@ -149,6 +149,8 @@ def configuration(problem: Problem, method: Method | None, settings: Settings | 
         config["decoding"] = {k: v for k, v in problem.decoding._asdict().items() if k in CHOICES}
     if problem.packed is not None:
         config["packed"] = problem.packed
+    if problem.head_prior:
+        config["head_prior"] = True
     return json.loads(json.dumps(config))  # as `config.json` gives it back
 
 

@@ -1,12 +1,18 @@
 """What a problem is made of: the split to choose on and the split to report, and texts that fit the model."""
 
+import numpy as np
 import pytest
 import tiny
+from sklearn.dummy import DummyClassifier, DummyRegressor
+from sklearn.metrics import log_loss, mean_squared_error
 
-from peftjax.methods import lora
-from peftjax.problem import Evaluator, prepare
-from peftjax.run import Entry, run
+from peftjax import hub
+from peftjax.checkpoint import load_adapter
+from peftjax.methods import chain, head, lora
+from peftjax.problem import Evaluator, prepare, with_prior
+from peftjax.run import Entry, configuration, run
 from peftjax.train import Settings
+from peftjax.tree import flatten, update
 
 
 def _with_test_split(at, task):
@@ -41,3 +47,64 @@ def test_prompts_obey_the_limits(tmp_path):
     model, data = _with_test_split(tmp_path, "e2e")
     with pytest.raises(ValueError, match="new tokens leave no room for a prompt"):
         prepare(model, "e2e", data, max_new_tokens=10_000)
+
+
+CLASSIFIERS = ("bert", "roberta", "deberta", "t5")
+
+
+def _silent(model):
+    """The model without its head's kernel: what is left of the logits is the bias."""
+    kernel = [s for s in model.sites if s.kind == "head"][-1].path
+    return model._replace(params=update(model.params, {kernel: 0 * flatten(model.params)[kernel]}))
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize(("task", "sense"), [("sst2", "classes"), ("stsb", "scores")])
+def test_a_head_at_its_prior_answers_what_the_labels_alone_say(family, task, sense, tmp_path):
+    """Against scikit-learn's dummy estimators."""
+    folder = str(tiny.folder(tmp_path / "model", family))
+    problem = prepare(folder, task, str(tiny.data(tmp_path / task, task)), train_limit=9, head_prior=True)
+    labels = [e.label for e in problem.train]
+    assert len(labels) == 9
+    assert labels.count(labels[0]) not in (0, 9), "all alike"
+    model = _silent(problem.model)
+    rows = np.zeros((len(problem.dev), 1))
+    theirs = (DummyClassifier() if sense == "classes" else DummyRegressor()).fit(np.zeros((9, 1)), labels)
+    truth = [e.label for e in problem.dev]
+    if sense == "classes":
+        expected = log_loss(truth, theirs.predict_proba(rows), labels=[0, 1])
+    else:
+        expected = mean_squared_error(truth, theirs.predict(rows))
+    assert Evaluator(problem).on_dev(model.params)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_class_without_rows_is_not_impossible(tmp_path):
+    problem = prepare(str(tiny.folder(tmp_path / "model", "bert")), "sst2", str(tiny.data(tmp_path / "sst2", "sst2")))
+    bias = with_prior(problem.model, [1, 1, 1]).params["classifier"]["bias"]
+    np.testing.assert_allclose(np.exp(bias), [0.5 / 3.5, 3 / 3.5], rtol=1e-6)
+
+
+def test_a_prior_needs_a_new_head_with_a_bias(tmp_path):
+    sst2, e2e = (str(tiny.data(tmp_path / task, task)) for task in ("sst2", "e2e"))
+    llama = str(tiny.folder(tmp_path / "llama", "llama"))
+    with pytest.raises(ValueError, match="e2e is a generation task"):
+        prepare(llama, "e2e", e2e, head_prior=True)
+    with pytest.raises(ValueError, match="head, score, has no bias"):
+        prepare(llama, "sst2", sst2, head_prior=True)
+    plain = prepare(str(tiny.folder(tmp_path / "bert", "bert")), "sst2", sst2)
+    trained = hub.save(plain.model, plain.model.params, tmp_path / "trained", plain.tokenizer)
+    with pytest.raises(ValueError, match="has a trained head; leave it out, or write fresh_head=True"):
+        prepare(str(trained), "sst2", sst2, head_prior=True)
+    prepare(str(trained), "sst2", sst2, head_prior=True, fresh_head=True)
+
+
+def test_a_prior_is_part_of_the_configuration_and_of_what_is_saved(tmp_path):
+    folder, data = str(tiny.folder(tmp_path / "model", "bert")), str(tiny.data(tmp_path / "stsb", "stsb"))
+    plain, begun = prepare(folder, "stsb", data), prepare(folder, "stsb", data, head_prior=True)
+    settings = Settings(epochs=1, batch_size=8)
+    method = chain(lora(rank=2), head())
+    assert configuration(plain, method, settings) != configuration(begun, method, settings)
+    result = run(begun, Entry("lora", method), settings, tmp_path / "out")
+    alone = prepare(folder, "stsb", data, need_train=False, head_prior=True)
+    params = load_adapter(tmp_path / "out/adapter.safetensors", alone.model).params
+    assert Evaluator(alone).scores(params)["loss"] == pytest.approx(result["scores"]["loss"])
