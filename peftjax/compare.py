@@ -29,7 +29,7 @@ from .loop import MAY_DIFFER, NonFinite
 from .methods import Method, at_rank, build, chain, parse
 from .methods.base import virtual_tokens
 from .metrics import score
-from .problem import Evaluator, Problem, prepare
+from .problem import Evaluator, Problem, prepare, with_head_of_seed
 from .proxy import proxy, same_words
 from .run import (
     ZERO_SHOT,
@@ -666,11 +666,6 @@ def _steps(problem: Problem, settings: Settings) -> int:
 
 def _adapted(m: Any, params: Any, model: Model) -> Any:
     return m.init(jax.random.key(0), params, model.sites)
-
-
-def with_head_of_seed(problem: Problem, seed: int) -> Problem:
-    """The problem with its new task head, if it has one, drawn from this seed."""
-    return problem._replace(model=hub.redraw(problem.model, seed)) if problem.model.fresh else problem
 
 
 def _say_notes(problem: Problem, chosen: list[Entry], say: Callable) -> None:

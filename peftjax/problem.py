@@ -226,6 +226,8 @@ def prepare(
     for limit_, what in ((train_limit if need_train else None, "training rows"), (eval_limit, f"{eval_split} inputs")):
         if limit_ is not None:
             notes.append(f"the first {limit_} {what} only")
+    if head_prior and train:
+        notes.append("the head's bias starts at the best constant answer")
     lengths = [len(e.input_ids) for e in [*train, *dev, *(scored or [])]]
     buckets = data.bucket_lengths(lengths, max_buckets, limit=limit)
     if pack and train:
@@ -249,7 +251,17 @@ def prepare(
     model = hub.load(model_name, purpose, labels=labels, **load)
     if problem.head_prior and not model.fresh:
         raise ValueError(f"head_prior: {model_name} has a trained head; leave it out, or write fresh_head=True")
-    return problem._replace(model=with_prior(model, [e.label for e in train]) if problem.head_prior else model)
+    return _begin(problem, model)
+
+
+def with_head_of_seed(problem: Problem, seed: int) -> Problem:
+    """The problem with its new task head, if it has one, drawn from this seed."""
+    return _begin(problem, hub.redraw(problem.model, seed)) if problem.model.fresh else problem
+
+
+def _begin(problem: Problem, model: Model) -> Problem:
+    labels = [e.label for e in problem.train]
+    return problem._replace(model=with_prior(model, labels) if problem.head_prior else model)
 
 
 def with_prior(model: Model, labels: Sequence[int | float | None]) -> Model:

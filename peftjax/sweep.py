@@ -28,12 +28,12 @@ from . import grid as grids
 from .board import Board
 from .checkpoint import load_adapter, write_atomically
 from .claims import Claims
-from .compare import check_plans, kin, room, set_up, with_head_of_seed
+from .compare import check_plans, kin, room, set_up
 from .generate import Decoding
 from .grid import FINAL, SEARCH, Cell, Grid, Trials
 from .loop import Interrupted, NonFinite
 from .methods import at_rank, parse
-from .problem import Evaluator, Problem
+from .problem import Evaluator, Problem, with_head_of_seed
 from .run import Entry, Job, Open, check_writable, rate_of, run_together, thin
 from .tasks import get_task
 from .train import Settings

@@ -8,9 +8,11 @@ from sklearn.metrics import log_loss, mean_squared_error
 
 from peftjax import hub
 from peftjax.checkpoint import load_adapter
+from peftjax.grid import Grid, Rule
 from peftjax.methods import chain, head, lora
-from peftjax.problem import Evaluator, prepare, with_prior
+from peftjax.problem import Evaluator, prepare, with_head_of_seed, with_prior
 from peftjax.run import Entry, configuration, run
+from peftjax.sweep import sweep
 from peftjax.train import Settings
 from peftjax.tree import flatten, update
 
@@ -76,6 +78,25 @@ def test_a_head_at_its_prior_answers_what_the_labels_alone_say(family, task, sen
     else:
         expected = mean_squared_error(truth, theirs.predict(rows))
     assert Evaluator(problem).on_dev(model.params)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_head_of_every_seed_starts_there(tmp_path):
+    folder, data = str(tiny.folder(tmp_path / "model", "bert")), str(tiny.data(tmp_path / "stsb", "stsb"))
+    problem = prepare(folder, "stsb", data, head_prior=True)
+    heads = [with_head_of_seed(problem, seed).model.params["classifier"] for seed in (0, 1)]
+    mean = np.mean([e.label for e in problem.train])
+    assert [float(h["bias"][0]) for h in heads] == pytest.approx([mean, mean])
+    assert not np.array_equal(heads[0]["kernel"], heads[1]["kernel"])
+    grid = Grid(
+        models={"bert": folder},
+        tasks={"stsb": data},
+        methods=("head",),
+        settings={"steps": 1, "batch_size": 24, "learning_rate": 1e-9},
+        rules=(Rule(options={"head_prior": True}, tasks=("stsb",)),),
+    )
+    (record,) = [r for r in sweep(grid, tmp_path / "out") if r["kind"] == "run"]
+    variance = np.var([e.label for e in problem.train])
+    assert record["history"][0]["loss"] == pytest.approx(variance, rel=0.2), "not the loss around the mean"
 
 
 def test_a_class_without_rows_is_not_impossible(tmp_path):
