@@ -359,11 +359,16 @@ def glue_small(*methods: str, published: tuple[Published, ...] = ()) -> Grid:
     )
 
 
-def stsb_small(*methods: str, published: tuple[Published, ...] = ()) -> Grid:
-    """MiniLM on STS-B alone, each method at its own default rate: for what differs in one thing."""
+def stsb_small(*methods: str, factors: tuple[float, ...] = (), published: tuple[Published, ...] = ()) -> Grid:
+    """MiniLM on STS-B alone, for what differs in one thing.
+
+    Args:
+      factors: of each method's default rate, to be searched on STS-B itself; empty: the default.
+    """
     glue = glue_small(*methods, published=published)
     title = "Ranks, allocations, masks and children: MiniLM on STS-B, 1,000 training rows"
-    return dataclasses.replace(glue, tasks={"stsb": glue.tasks["stsb"]}, search=None, title=title)
+    search = Search(factors, tasks=("stsb",)) if factors else None
+    return dataclasses.replace(glue, tasks={"stsb": glue.tasks["stsb"]}, search=search, title=title)
 
 
 def e2e_small(*methods: str, published: tuple[Published, ...] = ()) -> Grid:
