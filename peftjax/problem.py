@@ -285,9 +285,11 @@ def with_prior(model: Model, labels: Sequence[int | float | None]) -> Model:
     if path not in flatten(model.params):
         raise ValueError(f"head_prior: this model's head, {module}, has no bias that could start there; leave it out")
     given = np.array(labels, np.float64)
-    classes = model.config.num_labels
-    counts = np.maximum(np.bincount(given.astype(int), minlength=classes), 0.5)
-    bias = given.mean(keepdims=True) if classes == 1 else np.log(counts / counts.sum())
+    if (classes := model.config.num_labels) == 1:
+        bias = given.mean(keepdims=True)
+    else:
+        counts = np.maximum(np.bincount(given.astype(int), minlength=classes), 0.5)
+        bias = np.log(counts / counts.sum())
     return model._replace(params=update(model.params, {path: jnp.asarray(bias, flatten(model.params)[path].dtype)}))
 
 

@@ -129,3 +129,8 @@ def test_a_prior_is_part_of_the_configuration_and_of_what_is_saved(tmp_path):
     alone = prepare(folder, "stsb", data, need_train=False, head_prior=True)
     params = load_adapter(tmp_path / "out/adapter.safetensors", alone.model).params
     assert Evaluator(alone).scores(params)["loss"] == pytest.approx(result["scores"]["loss"])
+
+
+def test_a_prior_of_scores_below_zero(tmp_path):
+    problem = prepare(str(tiny.folder(tmp_path / "model", "bert")), "stsb", str(tiny.data(tmp_path / "stsb", "stsb")))
+    assert with_prior(problem.model, [-3.0, 1.0]).params["classifier"]["bias"].tolist() == [-1.0]
